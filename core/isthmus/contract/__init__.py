@@ -1,0 +1,52 @@
+"""The contract between Isthmus and a backend: data, protocols, version.  Imports no torch."""
+
+from isthmus.contract.capabilities import Capabilities, DeviceInfo, GraphScope, ShapePolicy, SpanMix
+from isthmus.contract.inputs import DeviceState, Limits, Sampled, StepInputs
+from isthmus.contract.parts import (
+    Attention,
+    AttentionSpec,
+    Backend,
+    CapturedGraph,
+    Collectives,
+    Graphs,
+    Inputs,
+    LinearWeight,
+    Memory,
+    Ops,
+    Pending,
+    QkNorm,
+    RotarySpec,
+    Sampling,
+    StepExecutor,
+)
+from isthmus.contract.version import CONTRACT_VERSION, ContractVersion, require_compatible
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "Attention",
+    "AttentionSpec",
+    "Backend",
+    "Capabilities",
+    "CapturedGraph",
+    "Collectives",
+    "ContractVersion",
+    "DeviceInfo",
+    "DeviceState",
+    "GraphScope",
+    "Graphs",
+    "Inputs",
+    "Limits",
+    "LinearWeight",
+    "Memory",
+    "Ops",
+    "Pending",
+    "QkNorm",
+    "RotarySpec",
+    "Sampled",
+    "Sampling",
+    "ShapePolicy",
+    "SpanMix",
+    "StepExecutor",
+    "StepInputs",
+    "require_compatible",
+]

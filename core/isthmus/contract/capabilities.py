@@ -1,0 +1,77 @@
+"""What a backend says of itself before anything is built.  Frozen data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ShapePolicy(StrEnum):
+    EXACT = "exact"
+    """Any number of tokens and spans up to the limits."""
+    BUCKETED = "bucketed"
+    """A step is padded up to a size in ``token_buckets`` and ``span_buckets``."""
+
+
+class GraphScope(StrEnum):
+    """How much of a step one captured graph may hold."""
+
+    NONE = "none"
+    FORWARD = "forward"
+    """The model's forward, from prepared inputs to logits."""
+    STEP = "step"
+    """Input preparation, forward and sampling: the whole device side of a step."""
+
+
+class SpanMix(StrEnum):
+    """Which spans may share a batch."""
+
+    ANY = "any"
+    SAME_LENGTH = "same_length"
+    """All spans of a step have one length (a prefill-only or a decode-only batch)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """One device that a plugin sees.  ``memory_bytes`` is 0 where it is not known cheaply."""
+
+    backend: str
+    index: int
+    name: str
+    memory_bytes: int = 0
+    details: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """Everything the planner and the executor need to know of a device.
+
+    The core asks ``capabilities.x`` and never which vendor this is.
+    """
+
+    dtypes: tuple[str, ...] = ("float32",)
+    """Weight and compute dtypes, the preferred one for a checkpoint's own dtype first."""
+    kv_dtypes: tuple[str, ...] = ("float32",)
+    quantization: tuple[str, ...] = ()
+    block_sizes: tuple[int, ...] = (16,)
+    """Tokens a KV block may hold; the first is the default."""
+    max_head_dim: int = 256
+    shapes: ShapePolicy = ShapePolicy.EXACT
+    token_buckets: tuple[int, ...] = ()
+    span_buckets: tuple[int, ...] = ()
+    span_mix: SpanMix = SpanMix.ANY
+    graph_scope: GraphScope = GraphScope.NONE
+    graph_any_size: bool = False
+    """One captured graph serves every number of tokens up to the captured one."""
+    max_steps_in_flight: int = 1
+    """How many steps may be submitted before the first is collected."""
+    sliding_window: bool = False
+    logit_softcap: bool = False
+    attention_sinks: bool = False
+    experts: bool = False
+    device_sampling: bool = True
+    """Sampling runs on the device; otherwise the core's reference samples on the host."""
+    logprobs: bool = True
+    collectives: tuple[str, ...] = ()
+    unified_memory: bool = False
+    """The KV cache is taken from host memory: sized in bytes, not as a share of the device."""
