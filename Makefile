@@ -1,0 +1,63 @@
+# `make demo` and `make test` do everything on a machine that has Python 3.11+ and nothing else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  := models/SmolLM2-135M-Instruct.Q4_1.gguf
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: demo serve chat install dev model test lint types format sizes clean
+
+demo: install model  ## A real model answers over HTTP, then the server stops
+	$(BIN)/python examples/demo.py --model $(MODEL) --host $(HOST) --port $(PORT)
+
+serve: install model  ## The same server, until Ctrl-C
+	$(BIN)/isthmus serve $(MODEL) --host $(HOST) --port $(PORT)
+
+chat:  ## Talk to the server that `make serve` started
+	$(BIN)/isthmus chat --url http://$(HOST):$(PORT)
+
+install: $(VENV)/.installed
+dev: $(VENV)/.dev
+model: $(MODEL)
+
+$(VENV)/bin/python:
+	@echo "Creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip
+
+$(VENV)/.installed: pyproject.toml scripts/install_torch.py | $(VENV)/bin/python
+	@echo "Installing Isthmus for the CPU (a minute or two the first time)"
+	$(BIN)/python scripts/install_torch.py
+	$(PIP) -e '.[cpu]'
+	$(BIN)/python -m isthmus_cpu.build
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --group dev
+	@touch $@
+
+$(MODEL): scripts/fetch_model.py | $(VENV)/bin/python
+	@echo "Fetching SmolLM2-135M-Instruct (93 MB)"
+	@$(BIN)/python scripts/fetch_model.py
+
+test: dev model  ## Everything that can run without an accelerator
+	$(BIN)/python -m pytest -q
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/sizes.py
+
+types: dev
+	$(BIN)/mypy -p isthmus -p isthmus_server
+
+format: dev
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
