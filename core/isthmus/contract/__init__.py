@@ -1,6 +1,7 @@
 """The contract between Isthmus and a backend: data, protocols, version.  Imports no torch."""
 
 from isthmus.contract.capabilities import Capabilities, DeviceInfo, GraphScope, ShapePolicy, SpanMix
+from isthmus.contract.execution import ExecutorBackend, ModelFacts
 from isthmus.contract.inputs import DeviceState, Limits, Sampled, StepInputs
 from isthmus.contract.parts import (
     Attention,
@@ -32,12 +33,14 @@ __all__ = [
     "ContractVersion",
     "DeviceInfo",
     "DeviceState",
+    "ExecutorBackend",
     "GraphScope",
     "Graphs",
     "Inputs",
     "Limits",
     "LinearWeight",
     "Memory",
+    "ModelFacts",
     "Ops",
     "Pending",
     "QkNorm",

@@ -40,6 +40,10 @@ class DeviceInfo:
     name: str
     memory_bytes: int = 0
     details: tuple[tuple[str, str], ...] = ()
+    host: bool = False
+    """The machine's own processor and memory: ``auto`` takes it only where it finds nothing else."""
+    auto: bool = True
+    """Whether ``auto`` may take it; off for a device that has to be asked for by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
