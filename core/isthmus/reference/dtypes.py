@@ -1,0 +1,22 @@
+"""Names of dtypes, as the contract and configs write them, in torch."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from isthmus.errors import Unsupported
+
+_DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises :class:`Unsupported` for a name that is not known here."""
+    if name not in _DTYPES:
+        raise Unsupported(f"dtype {name!r} is not known; known are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
