@@ -1,4 +1,4 @@
-"""The hooks a backend plugin implements: two, and one it may leave out.  pluggy finds and opens backends; it is never in a step's path."""
+"""The hooks a backend plugin implements.  pluggy finds and opens backends; it is never in a step's path."""
 
 from __future__ import annotations
 

@@ -1,0 +1,75 @@
+"""A model for tests that is no model: 256 bytes and three special tokens, and a folder that says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+BOS_TOKEN: Final = 256
+EOS_TOKEN: Final = 257
+PAD_TOKEN: Final = 258
+VOCAB_SIZE: Final = 259
+PRINTABLE: Final = (32, 95)
+"""The first printable ASCII character, and how many there are."""
+
+CHAT_TEMPLATE: Final = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def write_toy_model(folder: Path, max_model_len: int = 4096) -> Path:
+    """Write a ``config.json`` and a tokenizer whose token ids are the bytes of the text; no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["ToyForCausalLM"],
+        "model_type": "toy",
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": max_model_len,
+        "bos_token_id": BOS_TOKEN,
+        "eos_token_id": EOS_TOKEN,
+        "pad_token_id": PAD_TOKEN,
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "chat_template": CHAT_TEMPLATE,
+        "model_max_length": max_model_len,
+    }
+    special = [
+        {
+            "id": token,
+            "content": content,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token, content in ((BOS_TOKEN, "<s>"), (EOS_TOKEN, "</s>"), (PAD_TOKEN, "<pad>"))
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "vocab": {char: byte for byte, char in enumerate(byte_characters())}, "merges": []},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    return folder
+
+
+def byte_characters() -> list[str]:
+    """The character by which a byte-level vocabulary writes each byte (GPT-2's ``bytes_to_unicode``)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(256, 512))
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
