@@ -82,6 +82,12 @@ def find_architecture(file: GgufFile) -> tuple[str, GgufArchitecture]:
     return name, ARCHITECTURES[name]
 
 
+def names_of(hf_name: str) -> WeightNames:
+    """The names that a file of this architecture uses, by the name that its spec has."""
+    by_name = {architecture.hf_name: architecture.names for architecture in ARCHITECTURES.values()}
+    return by_name.get(hf_name, names.GGUF_LLAMA)
+
+
 def spec_from_gguf(file: GgufFile) -> ModelSpec:
     """Raises :class:`ModelError` or :class:`UnsupportedModel`, naming the file and the key."""
     name, architecture = find_architecture(file)

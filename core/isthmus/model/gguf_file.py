@@ -77,7 +77,7 @@ class GgufFile:
     data: mmap.mmap
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The tensor's bytes, [rows, row_bytes], a read-only view of the file."""
+        """The tensor's bytes, [rows, row_bytes]: a view of the file, never to be written to."""
         tensor = self.tensors[name]
         flat = np.frombuffer(self.data, np.uint8, tensor.nbytes, tensor.offset)
         return flat.reshape(-1, tensor.row_bytes)
@@ -96,7 +96,7 @@ def open_gguf(path: Path) -> GgufFile:
     """Map a GGUF file.  Raises :class:`ModelError` if it is cut off, not GGUF, or of an unknown version."""
     try:
         with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error
     try:

@@ -1,0 +1,173 @@
+"""Weight files behind one interface: names, shapes, and reading a tensor into its place.
+
+Files are mapped, so a tensor is read from the disk as it is copied and nothing else is held in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from isthmus.errors import ModelError, UnsupportedModel
+from isthmus.model.dequantize import dequantize_into
+from isthmus.model.gguf_file import GgufFile, open_gguf
+from isthmus.model.layout import Part, Shape
+from isthmus.model.source import ModelSource, read_json
+
+INDEX: Final = "model.safetensors.index.json"
+FLOATS: Final = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint(Protocol):
+    @property
+    def where(self) -> str:
+        """The file or folder, for errors."""
+        ...
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Every tensor's shape by name."""
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the tensor takes on the disk."""
+        ...
+
+    def read_into(self, destination: Tensor, part: Part) -> None:
+        """Fill ``destination``, of the part's shape, casting to its dtype on the way."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Raises :class:`ModelError` naming the file that is missing, cut off or not what it should be."""
+    if source.kind == "gguf":
+        return GgufCheckpoint(open_gguf(source.path))
+    return SafetensorsCheckpoint(source.path)
+
+
+class SafetensorsCheckpoint:
+    """One file, or several with an index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self.shapes: dict[str, Shape] = {}
+        self._files: dict[str, Any] = {}
+        self._bytes: dict[str, int] = {}
+        self._stack = ExitStack()
+        index = folder / INDEX
+        listed = read_json(index).get("weight_map") if index.is_file() else None
+        if index.is_file() and not isinstance(listed, dict):
+            raise ModelError(f"{index} lacks 'weight_map', which names each tensor's file")
+        try:
+            for path in _shards(folder, listed):
+                self._open(path)
+        except BaseException:
+            self.close()
+            raise
+        for name, file in (listed or {}).items():
+            if name not in self.shapes:
+                raise ModelError(f"{folder / file} lacks the tensor {name}, which {INDEX} says it holds")
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = self._stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+        for name in file.keys():  # noqa: SIM118
+            view = file.get_slice(name)
+            if view.get_dtype() not in FLOATS:
+                raise UnsupportedModel(
+                    f"{path}: tensor {name} is {view.get_dtype()}; supported are {', '.join(FLOATS)} (unquantised)"
+                )
+            shape = tuple(view.get_shape())
+            self.shapes[name] = shape
+            self._files[name] = file
+            self._bytes[name] = int(torch.Size(shape).numel()) * _width(view.get_dtype())
+
+    def nbytes(self, name: str) -> int:
+        return self._bytes[name]
+
+    def read_into(self, destination: Tensor, part: Part) -> None:
+        source = self._files[part.name].get_tensor(part.name)
+        if part.rotary_heads:
+            source, destination = _half_split(source, destination, part.rotary_heads)
+        destination.copy_(source)
+
+    def close(self) -> None:
+        self._files.clear()
+        self._stack.close()
+
+
+def _width(dtype: str) -> int:
+    return int(dtype.lstrip("BF")) // 8
+
+
+def _shards(folder: Path, listed: Mapping[str, Any] | None) -> list[Path]:
+    if listed is not None:
+        files = sorted({str(file) for file in listed.values()})
+        outside = [file for file in files if Path(file).name != file]
+        if outside:
+            raise ModelError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of its own folder")
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise ModelError(f"{folder} lacks {len(missing)} of {len(files)} weight files, such as {missing[0]}")
+        return [folder / file for file in files]
+    found = sorted(folder.glob("*.safetensors"))
+    whole = [f for f in found if f.name == "model.safetensors"] or found
+    if len(whole) == 1:
+        return whole
+    if found:
+        raise ModelError(f"{folder} holds {len(found)} safetensors files but no {INDEX} to say what is in which")
+    if any(folder.glob("*.bin")):
+        raise ModelError(f"{folder} holds only pickled weights (*.bin), which are never read; convert to safetensors")
+    raise ModelError(f"{folder} holds no *.safetensors file; is the download complete?")
+
+
+class GgufCheckpoint:
+    """A GGUF file; quantised tensors are dequantised on the destination's device."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.where = str(file.path)
+        self.shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in file.tensors.items()}
+        self._file = file
+
+    def nbytes(self, name: str) -> int:
+        return self._file.tensors[name].nbytes
+
+    def read_into(self, destination: Tensor, part: Part) -> None:
+        tensor = self._file.tensors[part.name]
+        raw = torch.from_numpy(self._file.raw(part.name)).to(destination.device)
+        if destination.dim() > 2:
+            for expert, rows in zip(destination, raw.chunk(destination.shape[0]), strict=True):
+                dequantize_into(expert, rows, tensor.type_name, tensor.type_number, tensor.block_bytes)
+            return
+        target = destination.view(-1, tensor.shape[-1])
+        if part.rotary_heads and len(tensor.shape) == 1:
+            values = torch.empty_like(target)
+            dequantize_into(values, raw, tensor.type_name, tensor.type_number, tensor.block_bytes)
+            source, target = _half_split(values.view(-1), destination, part.rotary_heads)
+            target.copy_(source)
+            return
+        if part.rotary_heads:
+            raw = raw.view(part.rotary_heads, -1, 2, raw.shape[1]).transpose(1, 2).reshape(raw.shape)
+        dequantize_into(target, raw, tensor.type_name, tensor.type_number, tensor.block_bytes)
+
+    def close(self) -> None:
+        """The mapping goes with the last view of it."""
+
+
+def _half_split(source: Tensor, destination: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Views that pair each row of interleaved rotary order with its place in half-split order."""
+    rest = source.shape[1:]
+    return (
+        source.view(heads, -1, 2, *rest).transpose(1, 2),
+        destination.view(heads, 2, -1, *rest),
+    )
