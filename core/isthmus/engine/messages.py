@@ -11,6 +11,7 @@ from enum import IntEnum, StrEnum
 import msgspec
 import numpy as np
 
+from isthmus.config import EngineOptions
 from isthmus.plan import Int32Array
 from isthmus.sampling_params import RowSampling
 
@@ -170,3 +171,19 @@ def pack_tokens(tokens: Sequence[int] | Int32Array) -> bytes:
 
 def unpack_tokens(packed: bytes) -> Int32Array:
     return np.frombuffer(packed, dtype="<i4").astype(np.int32, copy=False)
+
+
+class EngineStart(_Message, frozen=True, array_like=True):
+    """What a new engine process reads from its standard input: four bytes of length, then this.
+
+    The pipe stays open for as long as the client lives; its end ends the engine.
+    """
+
+    options: EngineOptions
+    to_engine: str
+    """Address the engine listens on."""
+    from_engine: str
+    """Address the client listens on."""
+    parent_pid: int
+    progress: bool = True
+    log_level: str = "INFO"
