@@ -1,0 +1,180 @@
+"""The attention part: a paged cache in head-major blocks, and the kernels over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+from torch import Tensor
+
+from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
+from isthmus.errors import OutOfMemory
+from isthmus.reference.dtypes import torch_dtype
+from isthmus_triton.kernels.decode_attention import DecodeScratch, decode_attention, rows_for
+from isthmus_triton.kernels.plan import PlanBuffers, make_plan
+from isthmus_triton.kernels.prefill_attention import prefill_attention
+from isthmus_triton.kernels.rotate_and_store import rotate_and_store
+from isthmus_triton.launch import DecodeLaunch, LaunchTable, PrefillLaunch
+
+SHORT_SPAN: Final = 8
+"""Longest span the decode kernel takes, where the group of query heads is small enough."""
+SHORT_ROWS: Final = 64
+"""Query rows (tokens times group) the decode kernel takes at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCache:
+    """One layer's keys and values: a block of one head is contiguous."""
+
+    keys: Tensor  # [num_blocks, kv_heads, block_size, head_dim]
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """What layers must agree on to share a plan."""
+
+    kv_heads: int
+    group: int
+    window: int
+    row_bytes: int
+
+    @classmethod
+    def of(cls, layer: AttentionSpec, itemsize: int) -> _Shape:
+        return cls(
+            kv_heads=layer.kv_heads,
+            group=layer.heads // layer.kv_heads,
+            window=layer.window,
+            row_bytes=triton.next_power_of_2(layer.head_dim) * itemsize,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlanning:
+    """A step's plans, by what layers agree on, and the longest span the decode kernel takes in it."""
+
+    buffers: dict[_Shape, PlanBuffers]
+    longest_short: dict[_Shape, int]
+    any_long: dict[_Shape, bool]
+
+
+class TritonAttention:
+    """:class:`isthmus.contract.Attention`.
+
+    ``compute_units`` is the number of the device's processors; the decode kernel's grid is a fixed
+    multiple of it.  Nothing here reads the device, so a whole step can be captured.
+    """
+
+    def __init__(self, device: torch.device, table: LaunchTable, compute_units: int) -> None:
+        self._device = device
+        self._table = table
+        self._compute_units = compute_units
+        self._buffers: dict[_Shape, PlanBuffers] = {}
+        self._scratch: dict[tuple[int, int, int], DecodeScratch] = {}
+        self._itemsize = 2
+
+    def block_bytes(self, layer: AttentionSpec, block_size: int, kv_dtype: str) -> int:
+        return 2 * block_size * layer.kv_heads * layer.head_dim * torch_dtype(kv_dtype).itemsize
+
+    def allocate(self, layers: Sequence[AttentionSpec], limits: Limits, kv_dtype: str) -> Sequence[BlockCache]:
+        dtype = torch_dtype(kv_dtype)
+        self._itemsize = dtype.itemsize
+        caches = []
+        try:
+            for layer in layers:
+                shape = (limits.num_blocks, layer.kv_heads, limits.block_size, layer.head_dim)
+                keys, values = (torch.zeros(shape, dtype=dtype, device=self._device) for _ in range(2))
+                caches.append(BlockCache(keys, values))
+        except torch.OutOfMemoryError as error:
+            total = sum(self.block_bytes(layer, limits.block_size, kv_dtype) for layer in layers) * limits.num_blocks
+            raise OutOfMemory(
+                f"the KV cache of {limits.num_blocks} blocks takes {total / 2**30:.2f} GiB and could not be allocated; "
+                f"lower the memory fraction or max_num_seqs, or stop what else uses this device"
+            ) from error
+        self._allocate_plans(layers, limits)
+        return caches
+
+    def _allocate_plans(self, layers: Sequence[AttentionSpec], limits: Limits) -> None:
+        """Everything a step needs beside the cache, so that a captured step allocates nothing of its own."""
+        self._buffers.clear()
+        for layer in layers:
+            shape = _Shape.of(layer, self._itemsize)
+            launch = self._table.decode_for(shape.row_bytes)
+            programs = launch.programs_per_unit * self._compute_units
+            if shape not in self._buffers:
+                self._buffers[shape] = PlanBuffers.allocate(programs, limits.max_rows, self._device)
+            rows = rows_for(shape.group, self._short_length(shape))
+            key = (programs, rows, triton.next_power_of_2(layer.head_dim))
+            if key not in self._scratch:
+                self._scratch[key] = DecodeScratch.allocate(*key, self._device)
+
+    @staticmethod
+    def _short_length(shape: _Shape) -> int:
+        return max(1, min(SHORT_SPAN, SHORT_ROWS // shape.group))
+
+    def _launches(self, shape: _Shape) -> tuple[DecodeLaunch, PrefillLaunch]:
+        return self._table.decode_for(shape.row_bytes), self._table.prefill_for(shape.row_bytes)
+
+    def plan(self, inputs: StepInputs) -> StepPlanning:
+        longest = inputs.max_query_length
+        shorts, longs = {}, {}
+        for shape, buffers in self._buffers.items():
+            decode, prefill = self._launches(shape)
+            short = self._short_length(shape)
+            shorts[shape] = 1 if longest == 1 else short
+            longs[shape] = longest > short
+            make_plan(
+                buffers,
+                inputs,
+                kv_heads=shape.kv_heads,
+                group=shape.group,
+                window=shape.window,
+                key_tile=decode.key_tile,
+                query_tile=prefill.query_tile,
+                short_length=shorts[shape],
+                least_tiles=decode.least_tiles,
+            )
+        return StepPlanning(self._buffers, shorts, longs)
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        cache: BlockCache,
+        layer: AttentionSpec,
+        rotary: RotarySpec,
+        qk_norm: QkNorm | None,
+        inputs: StepInputs,
+    ) -> Tensor:
+        return rotate_and_store(
+            qkv, cache.keys, cache.values, layer, rotary, qk_norm, inputs, heads_each=self._table.heads_each
+        )
+
+    def attend(
+        self, query: Tensor, cache: BlockCache, layer: AttentionSpec, plan: StepPlanning, inputs: StepInputs
+    ) -> Tensor:
+        shape = _Shape.of(layer, self._itemsize)
+        decode, prefill = self._launches(shape)
+        buffers = plan.buffers[shape]
+        out = query.new_empty(query.shape[0], layer.heads * layer.head_dim)
+        dim = triton.next_power_of_2(layer.head_dim)
+        if plan.any_long[shape]:
+            prefill_attention(query, cache.keys, cache.values, out, buffers, inputs, layer, prefill)
+        # A step of one span longer than this has no short ones.
+        if not (plan.any_long[shape] and inputs.num_spans == 1):
+            scratch = self._scratch[buffers.num_programs, rows_for(shape.group, self._short_length(shape)), dim]
+            decode_attention(
+                query,
+                cache.keys,
+                cache.values,
+                out,
+                inputs.block_tables,
+                buffers,
+                scratch,
+                layer,
+                plan.longest_short[shape],
+                decode,
+            )
+        return out

@@ -1,0 +1,1 @@
+"""Kernels and the functions that launch them.  Launchers allocate their outputs and never synchronise."""

@@ -1,0 +1,272 @@
+"""Attention of short spans (decode, draft verification) over a paged cache.
+
+A fixed grid, whatever the lengths: each program walks its share of (span, key head, tile) work from
+the plan.  A (span, head) that several programs share is merged by whichever of them arrives last;
+programs never wait for each other, so nothing is assumed about which of them run at once.
+
+The softmax over tiles is the online one of FlashAttention (Dao et al., 2022), the merge of partial
+results that of Flash-Decoding (Dao et al., 2023), and the even dealing of tiles that of
+LeanAttention (Sanovar et al., 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from isthmus.contract import AttentionSpec
+from isthmus_triton.kernels.plan import HEADER, PlanBuffers
+from isthmus_triton.launch import DecodeLaunch
+
+LOWEST = tl.constexpr(-1e30)
+LOG2E: float = 1.4426950408889634
+_HEADER = tl.constexpr(HEADER)
+
+
+@triton.jit
+def key_slots(table, tile, limit, KEY_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block ids that hold tile ``tile``'s keys: one number where a block holds whole tiles, else one a key."""
+    if BLOCK_SIZE >= KEY_TILE:
+        blocks = tl.load(table + (tile * KEY_TILE) // BLOCK_SIZE, mask=tile * KEY_TILE < limit, other=0)
+    else:
+        position = tile * KEY_TILE + tl.arange(0, KEY_TILE)
+        blocks = tl.load(table + position // BLOCK_SIZE, mask=position < limit, other=0)
+    return blocks
+
+
+@triton.jit
+def key_offsets(blocks, tile, block_stride, KEY_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Element offsets [KEY_TILE] of the tile's keys within one head of the cache."""
+    position = tile * KEY_TILE + tl.arange(0, KEY_TILE)
+    return blocks.to(tl.int64) * block_stride + (position % BLOCK_SIZE) * HEAD_DIM
+
+
+@triton.jit
+def softcapped(scores, softcap):
+    """``softcap * tanh(scores / softcap)``, by the exponential: no vendor's library."""
+    turned = tl.exp(-2.0 * tl.abs(scores / softcap))
+    capped = (1.0 - turned) / (1.0 + turned)
+    return softcap * tl.where(scores < 0, -capped, capped)
+
+
+@triton.jit
+def decode_kernel(
+    query,  # [tokens, heads, head_dim]
+    keys,  # [blocks, kv_heads, block_size, head_dim]
+    values,
+    out,  # [tokens, heads * head_dim]
+    block_tables,
+    programs,
+    short_spans,
+    partial_out,  # float32 [2 * programs, ROWS, HEAD_DIM]
+    partial_max,  # float32 [2 * programs, ROWS], base 2
+    partial_sum,
+    arrivals,  # int32 [programs], zero between launches
+    table_stride,
+    kv_heads,
+    block_stride,
+    window,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    per_program = tl.load(programs)
+    all_work = tl.load(programs + 1)
+    work = program * per_program
+    start = programs + _HEADER + program * 4
+    short = tl.load(start)
+    head = tl.load(start + 1)
+    tile_in = tl.load(start + 2)
+    left = tl.minimum(per_program, all_work - work)
+    pieces = 0
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    in_tile = tl.arange(0, KEY_TILE)
+    dim_ok = dim < HEAD_DIM
+    heads = kv_heads * GROUP
+
+    while left > 0:
+        entry = short_spans + short * 8
+        context = tl.load(entry)
+        first_token = tl.load(entry + 1)
+        length = tl.load(entry + 2)
+        table = block_tables + tl.load(entry + 3).to(tl.int64) * table_stride
+        first_tile = tl.load(entry + 4)
+        tiles_before = tl.load(entry + 5)
+        tiles = tl.load(entry + 6)
+        count = tl.minimum(tiles - tile_in, left)
+
+        row_ok = row < length * GROUP
+        token = first_token + row // GROUP
+        query_at = (token * heads + head * GROUP + row % GROUP).to(tl.int64) * HEAD_DIM
+        row_mask = row_ok[:, None] & dim_ok[None, :]
+        q = tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0)
+        query_position = context - length + row // GROUP
+
+        acc = tl.zeros((ROWS, DIM), tl.float32)
+        top = tl.full((ROWS,), LOWEST, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        head_keys = keys + head.to(tl.int64) * BLOCK_SIZE * HEAD_DIM
+        head_values = values + head.to(tl.int64) * BLOCK_SIZE * HEAD_DIM
+        tile = first_tile + tile_in
+        blocks = key_slots(table, tile, context, KEY_TILE, BLOCK_SIZE)
+        # The next tile's block ids are carried in a variable: loaded within the iteration that uses
+        # them, they would take pipeline stages from the keys and values.
+        for step in tl.range(0, count, num_stages=STAGES):
+            now = tile + step
+            at = key_offsets(blocks, now, block_stride, KEY_TILE, BLOCK_SIZE, HEAD_DIM)
+            blocks = key_slots(table, now + 1, context, KEY_TILE, BLOCK_SIZE)
+            position = now * KEY_TILE + in_tile
+            key_mask = (position < context)[:, None] & dim_ok[None, :]
+            k = tl.load(head_keys + at[:, None] + dim[None, :], mask=key_mask, other=0.0)
+            v = tl.load(head_values + at[:, None] + dim[None, :], mask=key_mask, other=0.0)
+            scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+            if HAS_SOFTCAP:
+                scores = softcapped(scores, softcap) * 1.4426950408889634
+            seen = position[None, :] <= query_position[:, None]
+            if HAS_WINDOW:
+                seen = seen & (position[None, :] > query_position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            p = tl.exp2(scores - new_top[:, None])
+            rescale = tl.exp2(top - new_top)
+            total = total * rescale + tl.sum(p, 1)
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision=PRECISION)
+            top = new_top
+
+        if count == tiles:
+            result = acc / tl.maximum(total, 1e-30)[:, None]
+            tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
+        else:
+            begin = tiles_before * kv_heads + head * tiles
+            first_program = begin // per_program
+            last_program = (begin + tiles - 1) // per_program
+            slot = 2 * program + tl.where(pieces == 0, 0, 1)
+            part = slot.to(tl.int64) * ROWS + row
+            tl.store(partial_out + part[:, None] * DIM + dim[None, :], acc, mask=row_mask)
+            tl.store(partial_max + part, top, mask=row_ok)
+            tl.store(partial_sum + part, total, mask=row_ok)
+            # Every thread's stores come before the counter's release.
+            tl.debug_barrier()
+            parts = last_program - first_program + 1
+            arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
+            if arrived == parts - 1:
+                acc = tl.zeros((ROWS, DIM), tl.float32)
+                top = tl.full((ROWS,), LOWEST, tl.float32)
+                total = tl.zeros((ROWS,), tl.float32)
+                starts_within = begin % per_program != 0
+                for index in tl.range(0, parts, loop_unroll_factor=4):
+                    slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
+                    part = slot.to(tl.int64) * ROWS + row
+                    other_top = tl.load(partial_max + part, mask=row_ok, other=LOWEST, cache_modifier=".cg")
+                    other_total = tl.load(partial_sum + part, mask=row_ok, other=0.0, cache_modifier=".cg")
+                    other = tl.load(
+                        partial_out + part[:, None] * DIM + dim[None, :],
+                        mask=row_mask,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_top = tl.maximum(top, other_top)
+                    mine = tl.exp2(top - new_top)
+                    theirs = tl.exp2(other_top - new_top)
+                    acc = acc * mine[:, None] + other * theirs[:, None]
+                    total = total * mine + other_total * theirs
+                    top = new_top
+                result = acc / tl.maximum(total, 1e-30)[:, None]
+                tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
+                tl.store(arrivals + first_program, 0)
+
+        left -= count
+        pieces += 1
+        tile_in = 0
+        head += 1
+        if head == kv_heads:
+            head = 0
+            short += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeScratch:
+    """Partial results: at most two a program, so the size depends on the grid alone."""
+
+    out: Tensor
+    top: Tensor
+    total: Tensor
+    arrivals: Tensor
+
+    @classmethod
+    def allocate(cls, num_programs: int, rows: int, dim: int, device: torch.device) -> DecodeScratch:
+        parts = 2 * num_programs * rows
+        return cls(
+            out=torch.empty(parts * dim, dtype=torch.float32, device=device),
+            top=torch.empty(parts, dtype=torch.float32, device=device),
+            total=torch.empty(parts, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(num_programs, dtype=torch.int32, device=device),
+        )
+
+
+def rows_for(group: int, longest: int) -> int:
+    """Query rows a tile holds for spans of up to ``longest`` tokens."""
+    return max(16, triton.next_power_of_2(group * longest))
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    block_tables: Tensor,
+    plan: PlanBuffers,
+    scratch: DecodeScratch,
+    layer: AttentionSpec,
+    longest: int,
+    launch: DecodeLaunch,
+) -> None:
+    """Attend the plan's short spans, of at most ``longest`` tokens each; other tokens' ``out`` is left alone."""
+    group = layer.heads // layer.kv_heads
+    capped = layer.softcap > 0.0
+    decode_kernel[(plan.num_programs,)](
+        query,
+        keys,
+        values,
+        out,
+        block_tables,
+        plan.programs,
+        plan.short_spans,
+        scratch.out,
+        scratch.top,
+        scratch.total,
+        scratch.arrivals,
+        block_tables.stride(0),
+        layer.kv_heads,
+        keys.stride(0),
+        layer.window,
+        layer.scale if capped else layer.scale * LOG2E,
+        layer.softcap,
+        GROUP=group,
+        ROWS=rows_for(group, longest),
+        HEAD_DIM=layer.head_dim,
+        DIM=triton.next_power_of_2(layer.head_dim),
+        BLOCK_SIZE=keys.shape[2],
+        KEY_TILE=launch.key_tile,
+        STAGES=launch.stages,
+        HAS_WINDOW=layer.window > 0,
+        HAS_SOFTCAP=capped,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=launch.warps,
+    )

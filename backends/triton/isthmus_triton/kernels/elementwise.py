@@ -1,0 +1,78 @@
+"""Gated activation, embedding and row gather."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def gated_activation_kernel(
+    gate_up,  # [tokens, 2 * inner]
+    out,  # [tokens, inner]
+    inner,
+    BLOCK: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < inner
+    gate = tl.load(gate_up + token * 2 * inner + column, mask=mask, other=0.0)
+    up = tl.load(gate_up + token * 2 * inner + inner + column, mask=mask, other=0.0)
+    wide = gate.to(tl.float32)
+    if SILU:
+        active = wide / (1.0 + tl.exp(-wide))
+    else:
+        # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
+        u = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
+        active = wide / (1.0 + tl.exp(-2.0 * u))
+    # Rounded where an unfused activation would round.
+    product = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    tl.store(out + token * inner + column, product.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_rows_kernel(
+    table,  # [rows, width]
+    index,  # int32 [n]
+    out,  # [n, width]
+    width,
+    scale,
+    BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    row = tl.load(index + n).to(tl.int64)
+    value = tl.load(table + row * width + column, mask=mask, other=0.0)
+    if SCALED:
+        # The factor is rounded to the compute dtype first: checkpoints were trained that way.
+        value = (value.to(tl.float32) * scale.to(value.dtype).to(tl.float32)).to(value.dtype)
+    tl.store(out + n * width + column, value, mask=mask)
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` from [tokens, 2 * inner], contiguous; "silu" or "gelu_tanh"."""
+    assert activation in ("silu", "gelu_tanh"), activation
+    tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, inner)
+    block = min(2048, triton.next_power_of_2(inner))
+    if tokens:
+        gated_activation_kernel[(tokens, triton.cdiv(inner, block))](
+            gate_up, out, inner, BLOCK=block, SILU=activation == "silu", num_warps=4
+        )
+    return out
+
+
+def gather_rows(table: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
+    """``table[index] * scale`` for a contiguous ``table`` [rows, width]."""
+    width = table.shape[1]
+    out = table.new_empty(index.shape[0], width)
+    block = min(2048, triton.next_power_of_2(width))
+    if index.shape[0]:
+        gather_rows_kernel[(index.shape[0], triton.cdiv(width, block))](
+            table, index, out, width, float(scale), BLOCK=block, SCALED=scale != 1.0, num_warps=4
+        )
+    return out

@@ -1,0 +1,187 @@
+"""Few rows times a weight: work that only reads the weight, where a matrix library is not at its best."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from isthmus_triton.launch import SplitLinear, VectorLinear
+
+
+@triton.jit
+def vector_linear_kernel(
+    x,  # [in_features]
+    weight,  # [out_features, in_features]
+    bias,
+    out,  # [out_features]
+    out_features,
+    in_features,
+    OUT_TILE: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    feature = tl.program_id(0) * OUT_TILE + tl.arange(0, OUT_TILE)
+    inner = tl.arange(0, IN_TILE)
+    feature_ok = feature < out_features
+    base = weight + feature.to(tl.int64)[:, None] * in_features
+    acc = tl.zeros((OUT_TILE, IN_TILE), tl.float32)
+    for begin in range(0, in_features, IN_TILE):
+        column = begin + inner
+        if EVEN:
+            w = tl.load(base + column[None, :])
+            values = tl.load(x + column)
+        else:
+            w = tl.load(base + column[None, :], mask=feature_ok[:, None] & (column < in_features)[None, :], other=0.0)
+            values = tl.load(x + column, mask=column < in_features, other=0.0)
+        acc += w.to(tl.float32) * values.to(tl.float32)[None, :]
+    result = tl.sum(acc, 1)
+    if HAS_BIAS:
+        result += tl.load(bias + feature, mask=feature_ok, other=0.0).to(tl.float32)
+    tl.store(out + feature, result.to(out.dtype.element_ty), mask=feature_ok)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def split_linear_kernel(
+    x,  # [rows, in_features]
+    weight,  # [out_features, in_features]
+    bias,
+    out,  # [rows, out_features]
+    partial,  # float32 [splits, out tiles, OUT_TILE, ROWS]
+    arrivals,  # int32 [out tiles], zero between launches
+    rows,
+    out_features,
+    in_features,
+    ROWS: tl.constexpr,
+    OUT_TILE: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    feature = tile * OUT_TILE + tl.arange(0, OUT_TILE)
+    row = tl.arange(0, ROWS)
+    inner = tl.arange(0, IN_TILE)
+    feature_ok = feature < out_features
+    row_ok = row < rows
+    share = tl.cdiv(tl.cdiv(in_features, IN_TILE), SPLITS)
+    first = split * share
+    last = tl.minimum(first + share, tl.cdiv(in_features, IN_TILE))
+    # The weight is the left operand: its rows are many enough for the widest matrix instructions.
+    acc = tl.zeros((OUT_TILE, ROWS), tl.float32)
+    base = weight + feature.to(tl.int64)[:, None] * in_features
+    for step in tl.range(first, last, num_stages=STAGES):
+        column = step * IN_TILE + inner
+        column_ok = column < in_features
+        w = tl.load(base + column[None, :], mask=feature_ok[:, None] & column_ok[None, :], other=0.0)
+        values = tl.load(
+            x + row[None, :] * in_features + column[:, None], mask=row_ok[None, :] & column_ok[:, None], other=0.0
+        )
+        acc = tl.dot(w, values, acc, input_precision=PRECISION)
+    if SPLITS > 1:
+        place = tl.arange(0, OUT_TILE)[:, None] * ROWS + row[None, :]
+        size: tl.constexpr = OUT_TILE * ROWS
+        tiles = tl.num_programs(0)
+        tl.store(partial + (split * tiles + tile).to(tl.int64) * size + place, acc)
+        # Every thread's stores come before the counter's release.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            acc = tl.zeros((OUT_TILE, ROWS), tl.float32)
+            # In order of splits, so that the sum does not depend on who arrives last.
+            for other in tl.static_range(SPLITS):
+                acc += tl.load(partial + (other * tiles + tile).to(tl.int64) * size + place, cache_modifier=".cg")
+            tl.store(arrivals + tile, 0)
+    else:
+        arrived = SPLITS - 1
+    if arrived == SPLITS - 1:
+        if HAS_BIAS:
+            acc += tl.load(bias + feature, mask=feature_ok, other=0.0).to(tl.float32)[:, None]
+        tl.store(
+            out + row[None, :] * out_features + feature[:, None],
+            acc.to(out.dtype.element_ty),
+            mask=row_ok[None, :] & feature_ok[:, None],
+        )
+
+
+class LinearScratch:
+    """Partial sums of split products, shared by all of them: steps of one stream run one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._partial = torch.empty(0, dtype=torch.float32, device=device)
+        self._arrivals = torch.zeros(0, dtype=torch.int32, device=device)
+        self._kept: list[Tensor] = []
+
+    def reserve(self, partial: int, tiles: int) -> tuple[Tensor, Tensor]:
+        """At least this many; captured graphs keep the addresses they saw, so old buffers are not freed."""
+        if self._partial.numel() < partial:
+            self._kept.append(self._partial)
+            self._partial = torch.empty(partial, dtype=torch.float32, device=self._device)
+        if self._arrivals.numel() < tiles:
+            self._kept.append(self._arrivals)
+            self._arrivals = torch.zeros(tiles, dtype=torch.int32, device=self._device)
+        return self._partial, self._arrivals
+
+
+def vector_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, launch: VectorLinear, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """``x @ weight.T + bias`` for one row, [1, in_features]; both contiguous."""
+    out_features, in_features = weight.shape
+    out = torch.empty(1, out_features, dtype=out_dtype or x.dtype, device=x.device)
+    vector_linear_kernel[(triton.cdiv(out_features, launch.out_tile),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        out,
+        out_features,
+        in_features,
+        OUT_TILE=launch.out_tile,
+        IN_TILE=launch.in_tile,
+        HAS_BIAS=bias is not None,
+        EVEN=out_features % launch.out_tile == 0 and in_features % launch.in_tile == 0,
+        num_warps=launch.warps,
+    )
+    return out
+
+
+def split_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    launch: SplitLinear,
+    scratch: LinearScratch,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias`` for up to a few dozen rows; both contiguous."""
+    rows, (out_features, in_features) = x.shape[0], weight.shape
+    out = torch.empty(rows, out_features, dtype=out_dtype or x.dtype, device=x.device)
+    padded = max(16, triton.next_power_of_2(rows))
+    tiles = triton.cdiv(out_features, launch.out_tile)
+    partial, arrivals = scratch.reserve(launch.splits * tiles * launch.out_tile * padded, tiles)
+    split_linear_kernel[(tiles, launch.splits)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        out,
+        partial,
+        arrivals,
+        rows,
+        out_features,
+        in_features,
+        ROWS=padded,
+        OUT_TILE=launch.out_tile,
+        IN_TILE=launch.in_tile,
+        SPLITS=launch.splits,
+        STAGES=launch.stages,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=launch.warps,
+    )
+    return out

@@ -1,0 +1,63 @@
+"""RMS norm, alone and with the residual sum before it: one program a row, one pass over memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,  # [rows, hidden]
+    residual,  # [rows, hidden], overwritten with the sum
+    weight,  # float32 [hidden]
+    out,
+    row_stride,
+    hidden,
+    epsilon,
+    COLUMNS: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    mask = column < hidden
+    w = tl.load(weight + column, mask=mask, other=0.0)
+    value = tl.load(x + row * row_stride + column, mask=mask, other=0.0)
+    wide = value.to(tl.float32)
+    if ADD:
+        total = (wide + tl.load(residual + row * hidden + column, mask=mask, other=0.0).to(tl.float32)).to(value.dtype)
+        tl.store(residual + row * hidden + column, total, mask=mask)
+        wide = total.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / hidden + epsilon)
+    tl.store(out + row * hidden + column, (wide * inverse * w).to(out.dtype.element_ty), mask=mask)
+
+
+def _warps(columns: int) -> int:
+    return 8 if columns >= 4096 else 4
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
+    """``x / rms(x) * weight`` over the last dimension of ``x`` [..., hidden], contiguous."""
+    hidden = x.shape[-1]
+    flat = x.reshape(-1, hidden)
+    result = x.new_empty(x.shape) if out is None else out
+    columns = triton.next_power_of_2(hidden)
+    if flat.shape[0]:
+        rms_norm_kernel[(flat.shape[0],)](
+            flat, flat, weight, result, flat.stride(0), hidden, epsilon,
+            COLUMNS=columns, ADD=False, num_warps=_warps(columns),
+        )  # fmt: skip
+    return result
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """``residual + x`` normed, written over ``x``, and the sum, written over ``residual``; both contiguous."""
+    hidden = x.shape[-1]
+    columns = triton.next_power_of_2(hidden)
+    if x.shape[0]:
+        rms_norm_kernel[(x.shape[0],)](
+            x, residual, weight, x, x.stride(0), hidden, epsilon,
+            COLUMNS=columns, ADD=True, num_warps=_warps(columns),
+        )  # fmt: skip
+    return x, residual

@@ -1,0 +1,160 @@
+"""The device-side plan of a step's attention: one program, run once a step, read by every layer.
+
+Short spans (decode, draft verification) are cut into tiles of keys, and the tiles are dealt evenly
+to a fixed number of programs whatever the lengths are, so that one captured graph serves any of
+them.  The order of work is (span, key head, tile).  Long spans become tiles of queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from isthmus.contract import StepInputs
+
+HEADER: Final = 4
+"""Ints before the per-program starts: work per program, all work, short spans, tiles of long spans."""
+
+
+@triton.jit(do_not_specialize=["num_spans", "num_programs", "kv_heads", "window", "short_length", "least_tiles"])
+def plan_kernel(
+    context_lengths,
+    query_starts,
+    span_rows,
+    programs,  # int32 [HEADER + 4 * num_programs]: header, then (short span, head, tile, -) a program
+    short_spans,  # int32 [spans, 8]: context, first token, query length, row, first tile, tiles before, tiles, -
+    long_tiles,  # int32 [spans + 1]: query tiles of long spans before each span
+    num_spans,
+    num_programs,
+    kv_heads,
+    window,
+    short_length,
+    least_tiles,
+    GROUP: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    SPANS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    span = tl.arange(0, SPANS)
+    here = span < num_spans
+    context = tl.load(context_lengths + span, mask=here, other=0)
+    first_token = tl.load(query_starts + span, mask=here, other=0)
+    end_token = tl.load(query_starts + span + 1, mask=here, other=0)
+    row = tl.load(span_rows + span, mask=here, other=0)
+    length = end_token - first_token
+
+    is_long = length > short_length
+    query_tiles = tl.where(is_long, (length * GROUP + QUERY_TILE - 1) // QUERY_TILE, 0)
+    tl.store(long_tiles + 1 + span, tl.cumsum(query_tiles, 0), mask=here)
+    tl.store(long_tiles, 0)
+    tl.store(programs + 3, tl.sum(query_tiles, 0))
+
+    is_short = (length > 0) & (length <= short_length)
+    first_key = tl.where(window > 0, tl.maximum(context - length - window + 1, 0), 0)
+    first_tile = first_key // KEY_TILE
+    tiles = tl.where(is_short, (context + KEY_TILE - 1) // KEY_TILE - first_tile, 0)
+    place = tl.cumsum(is_short.to(tl.int32), 0) - 1
+    tiles_after = tl.cumsum(tiles, 0)
+    entry = short_spans + place * 8
+    tl.store(entry + 0, context, mask=is_short)
+    tl.store(entry + 1, first_token, mask=is_short)
+    tl.store(entry + 2, length, mask=is_short)
+    tl.store(entry + 3, row, mask=is_short)
+    tl.store(entry + 4, first_tile, mask=is_short)
+    tl.store(entry + 5, tiles_after - tiles, mask=is_short)
+    tl.store(entry + 6, tiles, mask=is_short)
+
+    num_short = tl.sum(is_short.to(tl.int32), 0)
+    all_work = tl.sum(tiles, 0) * kv_heads
+    per_program = tl.maximum((all_work + num_programs - 1) // num_programs, least_tiles)
+    tl.store(programs + 0, per_program)
+    tl.store(programs + 1, all_work)
+    tl.store(programs + 2, num_short)
+    tl.debug_barrier()
+
+    # The last short span whose tiles begin at or before this program's work.
+    program = tl.arange(0, PROGRAMS)
+    work = program * per_program
+    low = tl.zeros((PROGRAMS,), tl.int32)
+    high = tl.zeros((PROGRAMS,), tl.int32) + num_short
+    for _ in range(SEARCH):
+        middle = (low + high) // 2
+        apart = high - low > 1
+        before = tl.load(short_spans + middle * 8 + 5, mask=apart, other=0) * kv_heads
+        reached = before <= work
+        low = tl.where(apart & reached, middle, low)
+        high = tl.where(apart & (reached == 0), middle, high)
+    busy = (program < num_programs) & (work < all_work)
+    before = tl.load(short_spans + low * 8 + 5, mask=busy, other=0)
+    count = tl.load(short_spans + low * 8 + 6, mask=busy, other=1)
+    within = work - before * kv_heads
+    start = programs + 4 + program * 4
+    tl.store(start + 0, low, mask=program < num_programs)
+    tl.store(start + 1, within // count, mask=busy)
+    tl.store(start + 2, within % count, mask=busy)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanBuffers:
+    """Device memory of a plan, allocated once and written each step."""
+
+    programs: Tensor  # int32 [HEADER + 4 * num_programs]
+    short_spans: Tensor  # int32 [max_spans, 8]
+    long_tiles: Tensor  # int32 [max_spans + 1]
+    num_programs: int
+
+    @classmethod
+    def allocate(cls, num_programs: int, max_spans: int, device: torch.device) -> PlanBuffers:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            programs=zeros(HEADER + 4 * num_programs),
+            short_spans=zeros(max_spans, 8),
+            long_tiles=zeros(max_spans + 1),
+            num_programs=num_programs,
+        )
+
+
+def make_plan(
+    buffers: PlanBuffers,
+    inputs: StepInputs,
+    *,
+    kv_heads: int,
+    group: int,
+    window: int,
+    key_tile: int,
+    query_tile: int,
+    short_length: int,
+    least_tiles: int,
+) -> None:
+    """Write ``buffers`` for the spans of ``inputs``."""
+    spans = triton.next_power_of_2(max(inputs.num_spans, 16))
+    plan_kernel[(1,)](
+        inputs.context_lengths,
+        inputs.query_starts,
+        inputs.span_rows,
+        buffers.programs,
+        buffers.short_spans,
+        buffers.long_tiles,
+        inputs.num_spans,
+        buffers.num_programs,
+        kv_heads,
+        window,
+        short_length,
+        least_tiles,
+        GROUP=group,
+        KEY_TILE=key_tile,
+        QUERY_TILE=query_tile,
+        SPANS=spans,
+        PROGRAMS=triton.next_power_of_2(buffers.num_programs),
+        SEARCH=spans.bit_length(),
+        num_warps=8,
+    )

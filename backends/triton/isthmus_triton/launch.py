@@ -1,0 +1,147 @@
+"""Launch parameters by architecture, measured and committed: nothing is tuned when an engine starts.
+
+An architecture that has no table of its own takes :data:`FALLBACK`, whose tiles fit 64 KiB of shared
+memory.  Attention parameters are keyed by the bytes of one head's row in the compute dtype, since
+that is what fills shared memory: 256 is a head of 128 in a 16-bit dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLaunch:
+    key_tile: int
+    """Keys a program reads at once."""
+    stages: int
+    warps: int
+    programs_per_unit: int
+    """Programs in the fixed grid for each compute unit of the device."""
+    least_tiles: int = 1
+    """Tiles a program takes at least, so that a short step is not cut into more partial results than it saves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillLaunch:
+    query_tile: int
+    key_tile: int
+    stages: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorLinear:
+    """How few rows times a weight are computed without the matrix library, reading the weight once."""
+
+    out_tile: int
+    in_tile: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitLinear:
+    """Few rows through the matrix units, the inner dimension dealt over ``splits`` programs."""
+
+    out_tile: int
+    in_tile: int
+    splits: int
+    stages: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRule:
+    """Use ``launch`` for up to ``most_rows`` rows and weights within these sizes (0 is no bound)."""
+
+    most_rows: int
+    launch: VectorLinear | SplitLinear
+    least_rows: int = 1
+    least_out: int = 0
+    most_out: int = 0
+    least_in: int = 0
+    most_in: int = 0
+
+    def covers(self, rows: int, out_features: int, in_features: int) -> bool:
+        return (
+            self.least_rows <= rows <= self.most_rows
+            and self.least_out <= out_features <= (self.most_out or out_features)
+            and self.least_in <= in_features <= (self.most_in or in_features)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchTable:
+    decode: tuple[tuple[int, DecodeLaunch], ...]
+    """(largest bytes of a head's row, parameters), ascending; the last is taken beyond it."""
+    prefill: tuple[tuple[int, PrefillLaunch], ...]
+    linear: tuple[LinearRule, ...] = ()
+    """The first rule that covers a product is taken; the matrix library where none does."""
+    heads_each: int = 16
+    """Heads that one program rotates and stores."""
+
+    def decode_for(self, row_bytes: int) -> DecodeLaunch:
+        return _pick(self.decode, row_bytes)
+
+    def prefill_for(self, row_bytes: int) -> PrefillLaunch:
+        return _pick(self.prefill, row_bytes)
+
+    def linear_for(self, rows: int, out_features: int, in_features: int) -> VectorLinear | SplitLinear | None:
+        for rule in self.linear:
+            if rule.covers(rows, out_features, in_features):
+                return rule.launch
+        return None
+
+
+T = TypeVar("T")
+
+
+def _pick(table: tuple[tuple[int, T], ...], row_bytes: int) -> T:
+    return next((launch for most, launch in table if row_bytes <= most), table[-1][1])
+
+
+FALLBACK: Final = LaunchTable(
+    decode=(
+        (256, DecodeLaunch(key_tile=32, stages=2, warps=4, programs_per_unit=2)),
+        (512, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2)),
+        (1024, DecodeLaunch(key_tile=16, stages=1, warps=4, programs_per_unit=2)),
+    ),
+    prefill=(
+        (256, PrefillLaunch(query_tile=64, key_tile=32, stages=1, warps=4)),
+        (512, PrefillLaunch(query_tile=64, key_tile=16, stages=1, warps=4)),
+        (1024, PrefillLaunch(query_tile=32, key_tile=16, stages=1, warps=4)),
+    ),
+)
+
+TABLES: Final[dict[str, LaunchTable]] = {
+    "sm_80": LaunchTable(
+        decode=(
+            (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=2)),
+            (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2)),
+            (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2)),
+        ),
+        prefill=(
+            (256, PrefillLaunch(query_tile=128, key_tile=64, stages=2, warps=8)),
+            (512, PrefillLaunch(query_tile=64, key_tile=32, stages=2, warps=4)),
+            (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
+        ),
+    ),
+    "sm_90": LaunchTable(
+        decode=(
+            (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=3)),
+            (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2)),
+            (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2)),
+        ),
+        prefill=(
+            (256, PrefillLaunch(query_tile=128, key_tile=64, stages=3, warps=8)),
+            (512, PrefillLaunch(query_tile=64, key_tile=32, stages=2, warps=4)),
+            (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
+        ),
+    ),
+    "gfx942": FALLBACK,
+}
+
+
+def launch_table(arch: str) -> LaunchTable:
+    return TABLES.get(arch, FALLBACK)

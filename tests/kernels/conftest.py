@@ -1,0 +1,87 @@
+"""Kernels against their torch references: in Triton's interpreter, or on a device.
+
+Without ``ISTHMUS_KERNEL_DEVICE`` everything is interpreted on the CPU, so this folder must be
+collected before anything else imports ``isthmus_triton``.  ``ISTHMUS_KERNEL_DEVICE=cuda`` compiles and
+runs the same tests on a device.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+DEVICE = os.environ.get("ISTHMUS_KERNEL_DEVICE", "cpu")
+if DEVICE == "cpu":
+    # Triton's own library is decorated when it is imported.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "triton was imported before tests/kernels could choose its interpreter; run this folder by itself"
+    )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+pytest.importorskip("triton", reason="the kernel library needs triton")
+
+
+def _patch_bf16() -> None:
+    """Triton's interpreter keeps bf16 as uint16 and computes on the bit patterns; make it compute in
+    fp32 and round back."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
+
+    def is_bf16(value: object) -> bool:
+        return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+
+    def up(value: object) -> object:
+        if not is_bf16(value):
+            return value
+        return TensorHandle(_convert_float(value.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+
+    def down(value: object) -> object:
+        bits = value.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return TensorHandle(rounded, tl.bfloat16)
+
+    def wrap(name: str) -> None:
+        plain = getattr(InterpreterBuilder, name)
+
+        def wrapped(self: object, *args: object, **kwargs: object) -> object:
+            if not any(is_bf16(value) for value in args):
+                return plain(self, *args, **kwargs)
+            result = plain(self, *map(up, args), **kwargs)
+            if not isinstance(result, TensorHandle) or result.dtype.scalar != tl.float32:
+                return result
+            return down(result)
+
+        setattr(InterpreterBuilder, name, wrapped)
+
+    for name in ("binary_op", "unary_op", "create_fma"):
+        wrap(name)
+    plain_dot = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = lambda self, a, b, c, *rest: plain_dot(self, up(a), up(b), c, *rest)
+
+
+if DEVICE == "cpu":
+    _patch_bf16()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> bool:
+    return DEVICE == "cpu"
+
+
+@pytest.fixture(scope="session")
+def arch() -> str:
+    """Whose launch parameters to take: the smallest tiles where they are interpreted."""
+    if DEVICE == "cpu":
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"

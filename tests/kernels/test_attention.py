@@ -1,0 +1,185 @@
+"""Paged attention, its plan and the cache write, against the torch reference over the same plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from isthmus_triton.attention import TritonAttention
+from isthmus_triton.launch import LaunchTable, launch_table
+
+from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec
+from isthmus.plan import StepPlan
+from isthmus.reference import ReferenceAttention, ReferenceInputs
+
+LIMITS = Limits(max_rows=8, max_tokens=256, max_model_len=320, block_size=16, num_blocks=170, vocab_size=64)
+LAYER = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125)
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+class Step:
+    """One step's inputs on the device, with every row's earlier keys and values written by the reference."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        arch: str,
+        spans: list[tuple[int, int]],  # (start, length) of each row
+        layer: AttentionSpec,
+        dtype: torch.dtype,
+        limits: Limits,
+        table: LaunchTable | None = None,
+        units: int = 3,
+    ) -> None:
+        self.layer, self.dtype, self.device, self.limits = layer, dtype, device, limits
+        generator = torch.Generator().manual_seed(7)
+        self.random = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)
+        name = str(dtype).removeprefix("torch.")
+        self.reference = ReferenceAttention(device)
+        self.triton = TritonAttention(device, table or launch_table(arch), units)
+        [self.reference_cache] = self.reference.allocate([layer], limits, name)
+        [self.triton_cache] = self.triton.allocate([layer], limits, name)
+
+        order = np.random.default_rng(3).permutation(np.arange(1, limits.num_blocks, dtype=np.int32))
+        rows, places, blocks = [], [], []
+        for row, (start, length) in enumerate(spans):
+            for place in range(-(-(start + length) // limits.block_size)):
+                rows.append(row)
+                places.append(place)
+                blocks.append(order[len(blocks)])
+        self.reference_inputs = ReferenceInputs(device)
+        self.state = self.reference_inputs.allocate(limits)
+        self.plan = StepPlan(
+            step=0,
+            block_rows=np.array(rows, np.int32),
+            block_indices=np.array(places, np.int32),
+            block_ids=np.array(blocks, np.int32),
+            span_rows=np.arange(len(spans), dtype=np.int32),
+            span_starts=np.array([start for start, _ in spans], np.int32),
+            span_lengths=np.array([length for _, length in spans], np.int32),
+            span_samples=np.ones(len(spans), np.bool_),
+        )
+        self.reference_inputs.upload(self.plan, self.state)
+        # Stale blocks hold NaN: what a row has not written must not matter.
+        for cache in (self.reference_cache.keys, self.reference_cache.values):
+            cache[0] = float("nan")
+        for cache in (self.triton_cache.keys, self.triton_cache.values):
+            cache.fill_(float("nan"))
+        self._write_history(spans, rows, places, blocks)
+
+    def _write_history(
+        self, spans: list[tuple[int, int]], rows: list[int], places: list[int], blocks: list[int]
+    ) -> None:
+        size = self.limits.block_size
+        for row, place, block in zip(rows, places, blocks, strict=True):
+            known = min(size, max(0, spans[row][0] - place * size))
+            shape = (known, self.layer.kv_heads, self.layer.head_dim)
+            keys, values = self.random(*shape), self.random(*shape)
+            self.reference_cache.keys[block, :known], self.reference_cache.values[block, :known] = keys, values
+            self.triton_cache.keys[block, :, :known] = keys.transpose(0, 1)
+            self.triton_cache.values[block, :, :known] = values.transpose(0, 1)
+
+    def run(
+        self, rotary_dim: int | None = None, qk_norm: bool = False, pad_tokens: int = 0, pad_spans: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layer
+        rotary_dim = layer.head_dim if rotary_dim is None else rotary_dim
+        angles = torch.rand(self.limits.max_model_len, rotary_dim // 2, generator=torch.Generator().manual_seed(1)) * 6
+        rotary = RotarySpec(cos_sin=torch.cat((angles.cos(), angles.sin()), -1).to(self.device), rotary_dim=rotary_dim)
+        norm = None
+        if qk_norm:
+            weights = torch.rand(2, layer.head_dim, generator=torch.Generator().manual_seed(2)).to(self.device) + 0.5
+            norm = QkNorm(query_weight=weights[0], key_weight=weights[1], epsilon=1e-5)
+        exact = self.reference_inputs.build(self.state, self.plan.num_tokens, self.plan.num_spans, self.plan.num_spans)
+        padded = self.reference_inputs.build(
+            self.state, self.plan.num_tokens + pad_tokens, self.plan.num_spans + pad_spans, self.plan.num_spans
+        )
+        qkv = self.random(padded.num_tokens, (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
+        tokens = exact.num_tokens
+        query = self.reference.rotate_and_store(qkv[:tokens], self.reference_cache, layer, rotary, norm, exact)
+        expected = self.reference.attend(query, self.reference_cache, layer, self.reference.plan(exact), exact)
+        plan = self.triton.plan(padded)
+        triton_query = self.triton.rotate_and_store(qkv, self.triton_cache, layer, rotary, norm, padded)
+        torch.testing.assert_close(triton_query[:tokens], query, atol=TOLERANCE[self.dtype], rtol=TOLERANCE[self.dtype])
+        # Twice: what one launch leaves in its counters must not disturb the next.
+        for _ in range(2):
+            out = self.triton.attend(triton_query, self.triton_cache, layer, plan, padded)
+        return out[:tokens], expected
+
+
+def check(step: Step, **options: object) -> None:
+    out, expected = step.run(**options)
+    tolerance = TOLERANCE[step.dtype]
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+DECODE = [(0, 1), (16, 1), (130, 1), (33, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_decode(device: torch.device, arch: str, dtype: torch.dtype) -> None:
+    check(Step(device, arch, DECODE, LAYER, dtype, LIMITS))
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_decode_block_sizes(device: torch.device, arch: str, block_size: int) -> None:
+    limits = replace(LIMITS, block_size=block_size, num_blocks=1 + 8 * (-(-LIMITS.max_model_len // block_size)))
+    check(Step(device, arch, [(200, 1), (65, 1)], LAYER, torch.float32, limits))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        replace(LAYER, head_dim=96),
+        replace(LAYER, heads=2, kv_heads=2, head_dim=128),
+        replace(LAYER, heads=2, kv_heads=1, head_dim=256),
+        replace(LAYER, window=40),
+        replace(LAYER, softcap=5.0),
+        replace(LAYER, heads=16, kv_heads=1),
+    ],
+    ids=["dim96", "dim128", "dim256", "window", "softcap", "group16"],
+)
+def test_layers(device: torch.device, arch: str, layer: AttentionSpec) -> None:
+    check(Step(device, arch, [(100, 1), (60, 3), (21, 40)], layer, torch.float32, LIMITS))
+
+
+@pytest.mark.parametrize("units", [1, 7, 40])
+def test_result_does_not_depend_on_the_grid(device: torch.device, arch: str, units: int) -> None:
+    """From one program walking all work to more programs than tiles."""
+    check(Step(device, arch, [(255, 1), (0, 1), (64, 2)], LAYER, torch.float32, LIMITS, units=units))
+
+
+def test_verify_spans(device: torch.device, arch: str) -> None:
+    check(Step(device, arch, [(100, 8), (31, 2), (7, 5), (63, 1)], LAYER, torch.float32, LIMITS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_prefill(device: torch.device, arch: str, dtype: torch.dtype) -> None:
+    check(Step(device, arch, [(0, 70), (50, 33), (16, 9)], LAYER, dtype, LIMITS))
+
+
+def test_mixed_spans_with_padding(device: torch.device, arch: str) -> None:
+    step = Step(device, arch, [(120, 1), (0, 65), (40, 4), (255, 1)], LAYER, torch.float32, LIMITS)
+    check(step, pad_tokens=13, pad_spans=3)
+
+
+def test_decode_with_padding(device: torch.device, arch: str) -> None:
+    check(Step(device, arch, DECODE, LAYER, torch.float32, LIMITS), pad_tokens=4, pad_spans=4)
+
+
+@pytest.mark.parametrize(("rotary_dim", "qk_norm"), [(32, False), (64, True), (16, True)])
+def test_rotary_and_norm(device: torch.device, arch: str, rotary_dim: int, qk_norm: bool) -> None:
+    check(Step(device, arch, [(20, 1), (5, 12)], LAYER, torch.float32, LIMITS), rotary_dim=rotary_dim, qk_norm=qk_norm)
+
+
+def test_a_neighbour_changes_nothing(device: torch.device, arch: str) -> None:
+    """The second row's result is the same whatever the first one is, up to the order of sums."""
+    short = Step(device, arch, [(5, 1), (150, 1)], LAYER, torch.float32, LIMITS)
+    long = Step(device, arch, [(5, 1), (150, 1)], LAYER, torch.float32, LIMITS)
+    long.triton_cache.keys[long.state.block_tables[0, 0]] = float("nan")
+    expected, _ = short.run()
+    out, _ = long.run()
+    assert torch.isnan(out[0]).any()
+    torch.testing.assert_close(out[1], expected[1], atol=1e-6, rtol=1e-6)
