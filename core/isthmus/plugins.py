@@ -144,7 +144,7 @@ BACKEND_PARTS: Final = (
 
 
 def installed_backends() -> list[InstalledBackend]:
-    """Every entry point of the group, in the order of ``sys.path``; nothing is imported."""
+    """Every entry point of the group, by distribution and then as listed there; nothing is imported."""
     found: list[InstalledBackend] = []
     seen: set[tuple[str, str]] = set()
     for distribution in distributions():
@@ -156,7 +156,7 @@ def installed_backends() -> list[InstalledBackend]:
             if key not in seen:
                 seen.add(key)
                 found.append(_installed(entry.name, distribution))
-    return found
+    return sorted(found, key=lambda backend: backend.distribution)
 
 
 def _installed(name: str, distribution: Distribution) -> InstalledBackend:
