@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from isthmus.engine.messages import FinishReason, Logprobs, TokensOut
 from isthmus.sampling_params import SamplingParams
@@ -11,8 +11,7 @@ from isthmus.text.stop import StopStrings
 from isthmus.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopLogprob:
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
     """One of the likeliest tokens of a position."""
 
     token_id: int
@@ -22,8 +21,7 @@ class TopLogprob:
     logprob: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     """The token that stands at a position, and the likeliest ones there, best first."""
 
     token_id: int
@@ -35,8 +33,7 @@ class TokenLogprob:
     top: tuple[TopLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What one message from the engine adds to a choice."""
 
     text: str = ""
@@ -63,7 +60,9 @@ class ChoiceStream:
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
         self._tokenizer = tokenizer
         self._params = params
-        self._detokenizer = tokenizer and Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer = (
+            None if tokenizer is None else Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        )
         self._stop = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output)
         self._finished = False
         self.num_tokens = 0
@@ -89,7 +88,7 @@ class ChoiceStream:
                 break
         logprobs = tuple(self._describe(entry) for entry in out.logprobs[:used])
         self.cumulative_logprob += sum(entry.logprob for entry in logprobs)
-        prompt_logprobs = tuple(entry and self._describe(entry) for entry in out.prompt_logprobs)
+        prompt_logprobs = tuple(None if entry is None else self._describe(entry) for entry in out.prompt_logprobs)
         reason, stop_reason = self._ending(out)
         if reason is not None:
             self._finished = True

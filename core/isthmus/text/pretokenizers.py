@@ -29,7 +29,7 @@ _CASED: Final = (
 )
 _TEKKEN: Final = _CASED % {"suffix": "", "digits": ""}
 _GPT4O: Final = _CASED % {"suffix": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": "{1,3}"}
-_CJK: Final = "[一-龥぀-ゟ゠-ヿ]+"
+_CJK: Final = r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+"
 _DEEPSEEK3: Final = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -26,7 +26,7 @@ _END_OF_TURN: Final = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<EOT>",
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
 """Control tokens that end an answer even where the file names another: it has no list of them."""
 _SPECIAL_KEYS: Final = {
@@ -71,7 +71,7 @@ class _Vocabulary:
         types = self.get("token_type")
         self.types: list[int] = [1] * len(self.tokens) if types is None else types.tolist()
         if len(self.types) != len(self.tokens):
-            raise ModelError(f"{path} has {len(self.tokens)} tokens but {len(self.types)} token types; convert it again")
+            raise ModelError(f"{path} has {len(self.tokens)} tokens but {len(self.types)} types; convert it again")
         self.ids = {token: index for index, token in enumerate(self.tokens)}
 
     def get(self, key: str, default: Any = None) -> Any:
