@@ -17,7 +17,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "longrope": ("short_factor", "long_factor"),
 }
 """Kinds of scaling, and the numbers each cannot do without."""
-ALIASES: Final = {"su": "longrope", "mrope": "mrope"}
+ALIASES: Final = {"su": "longrope"}
 NOT_NUMBERS: Final = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -27,22 +27,29 @@ def read_ropes(config: Mapping[str, Any], head_dim: int, where: str) -> tuple[tu
     Raises :class:`ModelError` for numbers that are missing or not numbers, and
     :class:`UnsupportedModel` for a kind of scaling that is not known.
     """
-    by_layer_type = config.get("rope_parameters") or {}
-    if not isinstance(by_layer_type, Mapping):
-        raise ModelError(f"{where}: 'rope_parameters' is {by_layer_type!r}; it must be an object")
-    local = by_layer_type.get("sliding_attention")
-    if local is not None or "full_attention" in by_layer_type:
-        full = _read_one(config, by_layer_type.get("full_attention") or {}, head_dim, where)
-        return (full, _read_one(config, local or {}, head_dim, where)), 1
-    full = _read_one(config, by_layer_type or config.get("rope_scaling") or {}, head_dim, where)
-    if "rope_local_base_freq" in config:
-        theta = {"rope_theta": config["rope_local_base_freq"]}
-        return (full, _read_one(config, theta, head_dim, where)), 1
-    return (full,), 0
+    stated = _object(config, "rope_parameters", where) or _object(config, "rope_scaling", where)
+    local_theta = config.get("rope_local_base_freq")
+    if "full_attention" in stated or "sliding_attention" in stated:
+        full, local = (_object(stated, kind, where) for kind in ("full_attention", "sliding_attention"))
+        if local_theta is not None:
+            local = {"rope_theta": local_theta, **local}
+    elif local_theta is not None:
+        full, local = stated, {"rope_theta": local_theta}
+    else:
+        return (_read_one(config, stated, head_dim, where),), 0
+    return (_read_one(config, full, head_dim, where), _read_one(config, local, head_dim, where)), 1
+
+
+def _object(values: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = values.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ModelError(f"{where}: {name!r} is {value!r}; it must be an object")
+    return value
 
 
 def _read_one(config: Mapping[str, Any], scaling: Mapping[str, Any], head_dim: int, where: str) -> RopeSpec:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     kind = ALIASES.get(kind, kind)
     if kind not in KINDS:
         raise UnsupportedModel(f"{where}: rotary scaling {kind!r} is not supported; supported: {', '.join(KINDS)}")
@@ -74,7 +81,7 @@ def _parameters(
         original = config.get("original_max_position_embeddings") or original
     read: dict[str, float | tuple[float, ...]] = {}
     for name, value in scaling.items():
-        if name in NOT_NUMBERS or value is None:
+        if name in NOT_NUMBERS:
             continue
         if isinstance(value, (list, tuple)):
             read[name] = tuple(_number(v, name, where) for v in value)
