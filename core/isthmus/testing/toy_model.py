@@ -23,10 +23,18 @@ def write_toy_model(folder: Path, max_model_len: int = 4096) -> Path:
     """Write a ``config.json`` and a tokenizer whose token ids are the bytes of the text; no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "architectures": ["ToyForCausalLM"],
-        "model_type": "toy",
+        # A config that every reader of configs knows; the sizes mean nothing, since there are no weights.
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
         "max_position_embeddings": max_model_len,
+        "torch_dtype": "float32",
         "bos_token_id": BOS_TOKEN,
         "eos_token_id": EOS_TOKEN,
         "pad_token_id": PAD_TOKEN,
