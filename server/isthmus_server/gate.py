@@ -1,0 +1,125 @@
+"""What every request passes first: its id, its key, the bound on its body, its place in the metrics."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from isthmus_server.access import Keys
+from isthmus_server.api_error import ApiError, api_error
+from isthmus_server.settings import MAX_BODY_BYTES
+from isthmus_server.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+KEY_DIGEST: Final = "isthmus.key_digest"
+"""Where the scope keeps the digest of the caller's key."""
+
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_KNOWN_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+
+
+class Gate:
+    """Outermost of our layers.  Nothing behind it runs for a caller without a key."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, telemetry: Telemetry) -> None:
+        self._app = app
+        self._keys = keys
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.monotonic()
+        request_id = _request_id(scope)
+        status = 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+            await send(message)
+
+        try:
+            scope[KEY_DIGEST] = self._keys.check(scope)
+            _check_length(scope)
+            await self._app(scope, _bounded(receive), tagged)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logger.exception("request %s failed", request_id.decode())
+            if status:
+                raise
+            await send_error(api_error(error), scope, tagged)
+        finally:
+            self._telemetry.saw_http(_handler(scope), _method(scope), status or 499, time.monotonic() - started_s)
+
+
+async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
+    body = error.encoded()
+    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope.get("method") == "HEAD" else body})
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            if _REQUEST_ID.fullmatch(value):
+                return bytes(value)
+            break
+    return uuid.uuid4().hex.encode()
+
+
+def _too_large() -> ApiError:
+    return ApiError(
+        413,
+        f"the body is larger than {MAX_BODY_BYTES} bytes",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _check_length(scope: Scope) -> None:
+    for name, value in scope["headers"]:
+        # Digits beyond any size we take need not become a number.
+        if name == b"content-length" and (len(value) > 12 or not value.isdigit() or int(value) > MAX_BODY_BYTES):
+            raise _too_large()
+
+
+def _bounded(receive: Receive) -> Receive:
+    """``receive``, ending with 413 as soon as too much has come, whatever the headers promised."""
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        if message["type"] == "http.request":
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise _too_large()
+        return message
+
+    return counted
+
+
+def _handler(scope: Scope) -> str:
+    """The route's pattern, not the path: a caller must not be able to make new time series."""
+    route = scope.get("route")
+    return getattr(route, "path", None) or "none"
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in _KNOWN_METHODS else "other"

@@ -1,0 +1,238 @@
+"""The server process: its start, its end, and what it does about signals and a dead engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import time
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import uvicorn
+
+from isthmus.engine.client import AsyncEngineClient
+from isthmus.model.source import resolve_model
+from isthmus.text.tokenizer import Tokenizer
+from isthmus_server.api_error import unavailable
+from isthmus_server.http_protocol import BoundedHttpProtocol
+from isthmus_server.lifecycle import Phase
+from isthmus_server.listening import address, listen
+from isthmus_server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from isthmus_server.service import Service
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S: Final = 75
+STATS_POLL_S: Final = 0.05
+CUT_S: Final = 3.0
+"""How long requests that were cut may take to say so to their clients."""
+EXIT_DEAD: Final = 1
+EXIT_FORCED: Final = 1
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers; says when it accepts."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()
+
+
+def run(settings: ServerSettings) -> int:
+    """Serve until told to end; the exit status.
+
+    Raises :class:`isthmus.errors.IsthmusError` when the server could not start.
+    """
+    sock = listen(settings.host, settings.port, settings.uds)
+    try:
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            return runner.run(ServerProcess(settings, sock).main())
+    finally:
+        sock.close()
+        if settings.uds is not None:
+            settings.uds.unlink(missing_ok=True)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not made for this system
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class ServerProcess:
+    """Order of the start: socket, engine process, HTTP with probes, model, the line that says so."""
+
+    def __init__(self, settings: ServerSettings, sock: socket.socket) -> None:
+        self._settings = settings
+        self._sock = sock
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+        self._started_s = time.monotonic()
+
+    async def main(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        starting = asyncio.create_task(self._start_engine())
+        await asyncio.sleep(0)  # the engine process loads while this one imports
+        from isthmus_server.app import create_app
+        from isthmus_server.service import Service
+
+        service = Service(self._settings)
+        http = self._http(create_app(service))
+        serving = asyncio.create_task(http.serve(sockets=[self._sock]))
+        try:
+            engine = await self._or_stopped(starting)
+            if engine is None:
+                return 0
+            try:
+                return await self._serve(service, engine, http)
+            finally:
+                await engine.shutdown(timeout_s=0.0 if self._force.is_set() else 5.0)
+        finally:
+            http.should_exit = True
+            await serving
+            service.close()
+
+    async def _serve(self, service: Service, engine: AsyncEngineClient, http: HttpServer) -> int:
+        model = self._settings.engine.model
+        loop = asyncio.get_running_loop()
+        source = await loop.run_in_executor(None, lambda: resolve_model(model.model, model.revision, weights=False))
+        tokenizer = await loop.run_in_executor(None, Tokenizer.load, source)
+        await http.accepting.wait()
+        service.open(engine, tokenizer)
+        self._announce(service, engine)
+        watching = asyncio.create_task(self._watch(service, engine))
+        stopping = asyncio.create_task(self._stop.wait())
+        dying = asyncio.create_task(engine.wait_dead())
+        try:
+            await asyncio.wait((stopping, dying), return_when=asyncio.FIRST_COMPLETED)
+            if not dying.done():
+                draining = asyncio.create_task(self._drain(service))
+                await asyncio.wait((draining, dying), return_when=asyncio.FIRST_COMPLETED)
+                if draining.done():
+                    return draining.result()
+                draining.cancel()
+            return await self._mourn(service, dying.result())
+        finally:
+            for task in (watching, stopping, dying):
+                task.cancel()
+
+    async def _drain(self, service: Service) -> int:
+        lifecycle, settings = service.lifecycle, self._settings
+        lifecycle.phase = Phase.GRACE
+        logger.info("Shutting down: %d requests are running", len(lifecycle.running))
+        if settings.drain_grace_s > 0:
+            await self._unless_forced(asyncio.sleep(settings.drain_grace_s))
+        lifecycle.phase = Phase.DRAINING
+        await self._unless_forced(lifecycle.wait_idle(settings.shutdown_timeout_s))
+        cut = lifecycle.cut_all(
+            unavailable(
+                "the server shut down before this request was complete", "shutdown", retry_after_s=5, close=True
+            )
+        )
+        if cut:
+            logger.warning("%d requests were cut; --shutdown-timeout-s is %g", cut, settings.shutdown_timeout_s)
+            await lifecycle.wait_idle(CUT_S)
+        logger.info("Shutdown complete.")
+        return EXIT_FORCED if self._force.is_set() else 0
+
+    async def _mourn(self, service: Service, reason: str) -> int:
+        """The engine is gone: say so to whoever asks, for a moment, then end."""
+        service.lifecycle.phase = Phase.DEAD
+        logger.error("The engine is dead: %s. The server ends; restart it.", reason)
+        await self._unless_forced(asyncio.sleep(self._settings.dead_linger_s))
+        return EXIT_DEAD
+
+    async def _watch(self, service: Service, engine: AsyncEngineClient) -> None:
+        was_stuck = False
+        while True:
+            if engine.stats is not None:
+                service.telemetry.saw_stats(engine.stats)
+            why = service.liveness()
+            if why is not None and not was_stuck and service.lifecycle.phase is not Phase.DEAD:
+                logger.error("/livez fails: %s", why)
+            was_stuck = why is not None
+            await asyncio.sleep(STATS_POLL_S)
+
+    async def _start_engine(self) -> AsyncEngineClient:
+        level = self._settings.log_level.upper()
+        return await AsyncEngineClient.start(self._settings.engine, log_level=level)
+
+    async def _or_stopped(self, starting: asyncio.Task[AsyncEngineClient]) -> AsyncEngineClient | None:
+        """The engine, or ``None`` if a signal came first."""
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if starting.done():
+            return starting.result()
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        return None
+
+    async def _unless_forced(self, waiting: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(waiting)
+        forced = asyncio.create_task(self._force.wait())
+        await asyncio.wait((task, forced), return_when=asyncio.FIRST_COMPLETED)
+        task.cancel()
+        forced.cancel()
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            logger.warning("Second signal: ending at once")
+            self._force.set()
+        self._stop.set()
+
+    def _http(self, app: object) -> HttpServer:
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            http=BoundedHttpProtocol,
+            loop="none",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=self._settings.access_log,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=2,
+        )
+        return HttpServer(config)
+
+    def _announce(self, service: Service, engine: AsyncEngineClient) -> None:
+        ready = engine.ready
+        for note in ready.notes:
+            logger.info("%s", note)
+        # What was made by now stays: collections need not walk it again.
+        gc.collect()
+        gc.freeze()
+        logger.info(
+            "%s on %s (%s, %s), up to %d tokens a request, %d at a time, %d KV blocks of %d; ready after %.1f s",
+            service.model_name,
+            ready.device_name,
+            ready.backend,
+            ready.dtype,
+            ready.max_model_len,
+            ready.max_num_seqs,
+            ready.num_blocks,
+            ready.block_size,
+            time.monotonic() - self._started_s,
+        )
+        logger.info("Serving on %s", address(self._sock))
+        logger.info("Application startup complete.")

@@ -1,0 +1,12 @@
+"""The bodies of requests and answers."""
+
+from isthmus_server.protocol.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+    Tool,
+)
+
+__all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "Message", "TokenizeRequest", "Tool"]
