@@ -1,0 +1,150 @@
+"""The open CPU: which parts serve, and what they say of themselves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from isthmus.contract import (
+    Attention,
+    Backend,
+    Capabilities,
+    Collectives,
+    DeviceInfo,
+    Graphs,
+    Inputs,
+    Memory,
+    Ops,
+    Sampling,
+)
+from isthmus.reference import (
+    ReferenceAttention,
+    ReferenceCollectives,
+    ReferenceGraphs,
+    ReferenceInputs,
+    ReferenceMemory,
+    ReferenceSampling,
+)
+from isthmus_cpu.options import CpuOptions
+from isthmus_cpu.plain import OneDnnOps, onednn_packs
+
+logger = logging.getLogger(__name__)
+
+PLAIN = Capabilities(
+    dtypes=("float32",),
+    kv_dtypes=("float32",),
+    block_sizes=(16, 32, 64, 128),
+    max_head_dim=256,
+    max_steps_in_flight=2,
+    sliding_window=True,
+    logit_softcap=True,
+    experts=True,
+    unified_memory=True,
+)
+_CPU = torch.device("cpu")
+
+
+class CpuBackend:
+    """:class:`isthmus.contract.Backend` of the machine's own cores.  Steps run on one worker thread."""
+
+    def __init__(
+        self,
+        device: DeviceInfo,
+        capabilities: Capabilities,
+        providers: dict[str, str],
+        *,
+        ops: Ops,
+        attention: Attention,
+        sampling: Sampling,
+        inputs: Inputs,
+        graphs: Graphs,
+    ) -> None:
+        self._device = device
+        self._capabilities = capabilities
+        self._providers = providers
+        self._ops = ops
+        self._attention = attention
+        self._sampling = sampling
+        self._inputs = inputs
+        self._graphs = graphs
+        self._memory = ReferenceMemory(_CPU, asynchronous=True)
+        self._collectives = ReferenceCollectives()
+
+    @property
+    def name(self) -> str:
+        return "cpu"
+
+    @property
+    def device(self) -> DeviceInfo:
+        return self._device
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def attention(self) -> Attention:
+        return self._attention
+
+    @property
+    def ops(self) -> Ops:
+        return self._ops
+
+    @property
+    def sampling(self) -> Sampling:
+        return self._sampling
+
+    @property
+    def inputs(self) -> Inputs:
+        return self._inputs
+
+    @property
+    def graphs(self) -> Graphs:
+        return self._graphs
+
+    @property
+    def memory(self) -> Memory:
+        return self._memory
+
+    @property
+    def collectives(self) -> Collectives:
+        return self._collectives
+
+    def providers(self) -> dict[str, str]:
+        return dict(self._providers)
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def open_backend(device: DeviceInfo, options: CpuOptions) -> Backend:
+    """Raises :class:`isthmus.errors.BackendUnavailable` where kernels are required and cannot be had."""
+    return _open_plain(device, options, "kernels=off")
+
+
+def _open_plain(device: DeviceInfo, options: CpuOptions, reason: str) -> Backend:
+    torch.set_num_threads(options.threads)
+    halves = onednn_packs(torch.bfloat16)
+    capabilities = replace(
+        PLAIN,
+        dtypes=("bfloat16", "float32") if halves else PLAIN.dtypes,
+        kv_dtypes=("bfloat16", "float32") if halves else PLAIN.kv_dtypes,
+    )
+    packing = "oneDNN packed linears" if onednn_packs(torch.float32) else "torch linears"
+    return CpuBackend(
+        device,
+        capabilities,
+        {
+            "ops": f"torch, {packing} ({reason})",
+            "attention": "torch",
+            "sampling": "reference",
+            "graphs": "none",
+        },
+        ops=OneDnnOps(),
+        attention=ReferenceAttention(_CPU),
+        sampling=ReferenceSampling(_CPU),
+        inputs=ReferenceInputs(_CPU),
+        graphs=ReferenceGraphs(),
+    )

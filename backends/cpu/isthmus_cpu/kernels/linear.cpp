@@ -1,0 +1,73 @@
+// y = x @ weight.T + bias over packed panels, with what follows it where the tape fused that in.
+//
+// A panel holds kPanel output columns over all of the depth.  Weights in bfloat16 are stored as pairs
+// along the depth, so that a lane's two halves widen to float with one shift and one mask, or feed
+// vdpbf16ps as they are.  For few rows a panel is streamed once from memory; for many, its widened
+// chunk stays in the first-level cache while all rows of a block pass over it.
+#include "gemm.h"
+#include "op.h"
+
+extern "C" {
+
+int isthmus_panel() { return kPanel; }
+
+// Bytes of a packed [out, in] weight.
+int64_t isthmus_packed_bytes(int64_t out, int64_t in, int bf16) {
+  const int64_t panels = (out + kPanel - 1) / kPanel;
+  return panels * kPanel * (bf16 ? (in + 1) / 2 * 4 : in * 4);
+}
+
+// Pack panels [first, last) of a row-major weight.  `kind`: 0 float32, 1 bfloat16.
+void isthmus_pack(const void* weight, int kind, int64_t out, int64_t in, void* packed, int bf16, int64_t first,
+                  int64_t last) {
+  const float* floats = static_cast<const float*>(weight);
+  const uint16_t* halves = static_cast<const uint16_t*>(weight);
+  const int64_t pairs = (in + 1) / 2;
+  for (int64_t panel = first; panel < last; panel++) {
+    for (int64_t j = 0; j < kPanel; j++) {
+      const int64_t n = panel * kPanel + j;
+      if (bf16) {
+        uint16_t* to = static_cast<uint16_t*>(packed) + (panel * pairs * kPanel + j) * 2;
+        for (int64_t k = 0; k < 2 * pairs; k++) {
+          uint16_t value = 0;
+          if (n < out && k < in) value = kind ? halves[n * in + k] : to_bf16(floats[n * in + k]);
+          to[k / 2 * kPanel * 2 + (k & 1)] = value;
+        }
+      } else {
+        float* to = static_cast<float*>(packed) + panel * in * kPanel + j;
+        for (int64_t k = 0; k < in; k++) {
+          float value = 0;
+          if (n < out) value = kind ? from_bf16(halves[n * in + k]) : floats[n * in + k];
+          to[k * kPanel] = value;
+        }
+      }
+    }
+  }
+}
+}
+
+// p: x, packed, bias or null, y, residual or null.  i: out, in, bf16, epilogue, x stride, y stride.
+// With a gated epilogue, `out` is twice the width of y, and half of it a multiple of kPanel.
+KERNEL(run_linear) {
+  const int64_t out = op.i[0], depth = op.i[1];
+  Gemm gemm{op.p[1], op.i[2] != 0, depth, out, static_cast<const float*>(op.p[2]), Epilogue(op.i[3])};
+  const float* x = static_cast<const float*>(op.p[0]);
+  float* y = static_cast<float*>(op.p[3]);
+  const bool gated = gemm.gated();
+  const int64_t panels = gated ? out / 2 / kPanel : (out + kPanel - 1) / kPanel;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t chunk = panels < 16 * worker.count ? 1 : panels / (16 * worker.count);
+  const int64_t chunks = (panels + chunk - 1) / chunk;
+  Block block{worker, depth};
+  int64_t held = -1;
+  for (int64_t unit; (unit = worker.take(1)) < blocks * chunks;) {
+    const int64_t b = unit / chunks, first = unit % chunks * chunk;
+    if (b != held) {
+      // Blocks of nearly equal height, so that the last is not a sliver.
+      const int64_t row = b * rows / blocks, height = (b + 1) * rows / blocks - row;
+      block.take_rows(gemm, x + row * op.i[4], op.i[4], height, y + row * op.i[5], op.i[5]);
+      held = b;
+    }
+    for (int64_t panel = first; panel < first + chunk && panel < panels; panel++) block.panel(gemm, panel);
+  }
+}

@@ -1,0 +1,155 @@
+// Threads that run a tape together: awake and spinning within a run, asleep between runs.
+#include <pthread.h>
+#include <sched.h>
+
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "op.h"
+
+static inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { free(memory); }
+};
+
+struct Pool {
+  explicit Pool(int count) : count(count), scratch(count) {
+    for (int i = 1; i < count; i++) threads.emplace_back([this, i] { loop(i); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      stopping = true;
+      generation++;
+    }
+    wake.notify_all();
+    for (auto& thread : threads) thread.join();
+  }
+
+  void run(const Op* tape, int64_t length, const Counts& step) {
+    std::lock_guard<std::mutex> one_run(running);
+    ops = tape;
+    num_ops = length;
+    counts = step;
+    next.store(0, std::memory_order_relaxed);
+    if (count > 1) {
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+        generation++;
+      }
+      wake.notify_all();
+    }
+    play(0);
+  }
+
+  void play(int index);
+  void arrive();
+
+  void loop(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return generation != seen; });
+        seen = generation;
+        if (stopping) return;
+      }
+      play(index);
+    }
+  }
+
+  const int count;
+  std::vector<Scratch> scratch;
+  std::vector<std::thread> threads;
+  std::mutex running, mutex;
+  std::condition_variable wake;
+  uint64_t generation = 0;
+  bool stopping = false;
+  const Op* ops = nullptr;
+  int64_t num_ops = 0;
+  Counts counts{};
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
+};
+
+// The last to arrive opens the next phase.  A waiter spins for a while, then gives its core away at
+// every look, because whoever is late may be waiting for that very core.
+void Pool::arrive() {
+  if (count == 1) {
+    next.store(0, std::memory_order_relaxed);
+    return;
+  }
+  const uint32_t now = phase.load(std::memory_order_relaxed);
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+    arrived.store(0, std::memory_order_relaxed);
+    next.store(0, std::memory_order_relaxed);
+    phase.store(now + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase.load(std::memory_order_acquire) == now; spins++) {
+    if (spins < 1000) {
+      relax();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+void* Worker::scratch(size_t bytes) {
+  Scratch& mine = pool->scratch[index];
+  if (mine.bytes < bytes) {
+    free(mine.memory);
+    mine.bytes = (bytes + 4095) & ~size_t(4095);
+    mine.memory = aligned_alloc(4096, mine.bytes);
+    if (mine.memory == nullptr) abort();
+  }
+  return mine.memory;
+}
+
+int64_t Worker::take(int64_t chunk) { return pool->next.fetch_add(chunk, std::memory_order_relaxed); }
+
+void Worker::barrier() { pool->arrive(); }
+
+static const Kernel kKernels[kKinds] = {
+    run_embed,      run_rms_norm,       run_add_rms_norm, run_add,     run_gated,   run_take_rows, run_linear,
+    run_rotate_store, run_plan_attention, run_attend,       run_experts, run_softcap, run_argmax,
+};
+
+void Pool::play(int index) {
+  // Copies: once the last barrier is passed, the next run may already be written here.
+  const Op* const tape = ops;
+  const int64_t length = num_ops;
+  const Counts step = counts;
+  Worker worker{this, index, count};
+  for (int64_t n = 0; n < length; n++) {
+    const Op& op = tape[n];
+    const int64_t rows = op.rows == kTokens ? step.tokens : op.rows == kSamples ? step.samples : op.fixed;
+    kKernels[op.kind](op, rows, step, worker);
+    arrive();
+  }
+}
+
+extern "C" {
+
+Pool* isthmus_pool_open(int threads) { return new (std::nothrow) Pool(threads); }
+
+void isthmus_pool_close(Pool* pool) { delete pool; }
+
+void isthmus_run(Pool* pool, const Op* ops, int64_t length, const Counts* counts) { pool->run(ops, length, *counts); }
+
+int isthmus_op_bytes() { return int(sizeof(Op)); }
+}
