@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from isthmus.engine.messages import FinishReason, Logprobs, TokensOut
 from isthmus.sampling_params import SamplingParams
 from isthmus.text.detokenizer import Detokenizer
 from isthmus.text.stop import StopStrings
-from isthmus.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from isthmus.text.tokenizer import Tokenizer
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):

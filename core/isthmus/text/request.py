@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isthmus.engine.messages import AddRequest, pack_tokens
 from isthmus.errors import InvalidRequest
 from isthmus.sampling_params import MAX_BAD_WORD_TOKENS, SamplingParams
-from isthmus.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from isthmus.text.tokenizer import Tokenizer
 
 MAX_CACHE_SALT_BYTES = 256
 MAX_BAD_WORD_CHARACTERS = 1024
@@ -23,6 +26,17 @@ class Prompt:
     token_ids: Sequence[int]
     text: str | None
     """As given or rendered; ``None`` if it came as token ids."""
+
+
+@contextmanager
+def naming(what: str, index: int, count: int) -> Iterator[None]:
+    """Say which of several was refused."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if count == 1:
+            raise
+        raise InvalidRequest(f"{what} {index}: {error}", param=error.param) from error
 
 
 class RequestBuilder:
@@ -48,20 +62,20 @@ class RequestBuilder:
 
     def prompt(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
         """A prompt from text or token ids."""
-        if isinstance(prompt, str):
-            return self.prompts([prompt], add_special_tokens=add_special_tokens)[0]
-        self._check_ids(prompt)
-        self._check_length(len(prompt))
-        return Prompt(token_ids=prompt, text=None)
+        return self.prompts([prompt], add_special_tokens=add_special_tokens)[0]
 
-    def prompts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Prompt]:
-        """Prompts from many texts at once, encoded in parallel."""
-        tokenizer = self._need_tokenizer("prompts as text")
-        for text in texts:
-            self._check_text(text, tokenizer)
+    def prompts(self, prompts: Sequence[str | Sequence[int]], *, add_special_tokens: bool = True) -> list[Prompt]:
+        """Many prompts, those that are text encoded in parallel; an error says which one."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(self._encode(texts, add_special_tokens) if texts else ())
         found = []
-        for text, ids in zip(texts, tokenizer.encode_batch(texts, add_special_tokens), strict=True):
-            self._check_length(len(ids))
+        for index, prompt in enumerate(prompts):
+            with naming("prompt", index, len(prompts)):
+                text = prompt if isinstance(prompt, str) else None
+                ids = next(encoded) if isinstance(prompt, str) else prompt
+                if text is None:
+                    self._check_ids(ids)
+                self._check_length(len(ids))
             found.append(Prompt(token_ids=ids, text=text))
         return found
 
@@ -145,20 +159,25 @@ class RequestBuilder:
             raise InvalidRequest(f"{what} need a tokenizer, and this engine runs without one; send token ids")
         return self.tokenizer
 
-    def _check_text(self, text: str, tokenizer: Tokenizer) -> None:
-        # A bound that needs no encoding, so that an endless text costs nothing.
-        if len(text) > 16 * self._max_model_len:
-            self._check_length(tokenizer.fewest_tokens(text), at_least="at least ")
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        tokenizer = self._need_tokenizer("prompts as text")
+        for index, text in enumerate(texts):
+            # A bound that needs no encoding, so that an endless text costs nothing.
+            if len(text) > 16 * self._max_model_len:
+                with naming("prompt", index, len(texts)):
+                    self._check_length(tokenizer.fewest_tokens(text), at_least="at least ")
+        return tokenizer.encode_batch(texts, add_special_tokens)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool):
-                raise InvalidRequest(f"the prompt holds {token!r}, which is not a token id", param="prompt")
-            if not 0 <= token < self._vocab_size:
-                raise InvalidRequest(
-                    f"the prompt holds token id {token}; this model's ids are 0 to {self._vocab_size - 1}",
-                    param="prompt",
-                )
+        strange = next((token for token in ids if type(token) is not int), None)
+        if strange is not None:
+            raise InvalidRequest(f"the prompt holds {strange!r}, which is not a token id", param="prompt")
+        outside = [token for token in (min(ids, default=0), max(ids, default=0)) if not 0 <= token < self._vocab_size]
+        if outside:
+            raise InvalidRequest(
+                f"the prompt holds token id {outside[0]}; this model's ids are 0 to {self._vocab_size - 1}",
+                param="prompt",
+            )
 
     def _check_length(self, count: int, at_least: str = "") -> None:
         if count == 0:

@@ -277,7 +277,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(argument, str) and len(argument) > 1:
             self.budget.expect(len(text) * len(argument) // 32)
 
-    def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _metered(self, function: Any) -> Callable[..., Any]:
         """A filter or test that pays for what it makes."""
 
         @functools.wraps(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from isthmus.errors import ModelError, UnsupportedModel
-from isthmus.text.gguf_metadata import read_gguf_metadata
+from isthmus.model.gguf_file import open_gguf
 from isthmus.text.pretokenizers import find_pre_rule
 from isthmus.text.tokenizer_parts import TokenizerParts
 
@@ -39,7 +40,7 @@ _SPECIAL_KEYS: Final = {
 
 def read_tokenizer_gguf(path: str | Path) -> TokenizerParts:
     """Raises :class:`ModelError` for a file without a vocabulary, :class:`UnsupportedModel` for an unknown kind."""
-    metadata = read_gguf_metadata(path)
+    metadata = open_gguf(Path(path)).metadata
     vocabulary = _Vocabulary(metadata, str(path))
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -64,7 +65,7 @@ def read_tokenizer_gguf(path: str | Path) -> TokenizerParts:
 class _Vocabulary:
     """The ``tokenizer.ggml`` keys of one file."""
 
-    def __init__(self, metadata: dict[str, Any], path: str) -> None:
+    def __init__(self, metadata: Mapping[str, Any], path: str) -> None:
         self._metadata = metadata
         self.path = path
         self.tokens: list[str] = self.required("tokens")
@@ -180,7 +181,7 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     return merges
 
 
-def _chat_templates(metadata: dict[str, Any]) -> dict[str, str]:
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     found = {"default": metadata.get("tokenizer.chat_template")}
     for name in metadata.get("tokenizer.chat_templates", ()):
         found[name] = metadata.get(f"tokenizer.chat_template.{name}")
