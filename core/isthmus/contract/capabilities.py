@@ -79,3 +79,7 @@ class Capabilities:
     collectives: tuple[str, ...] = ()
     unified_memory: bool = False
     """The KV cache is taken from host memory: sized in bytes, not as a share of the device."""
+    default_max_rows: int = 64
+    """Sequences that run at once where the options leave it open; the backend's proposal."""
+    default_max_tokens: int = 2048
+    """Tokens a step computes at most where the options leave it open; the backend's proposal."""
