@@ -198,6 +198,18 @@ class Sampling(Protocol):
         ...
 
 
+@runtime_checkable
+class PartlyCapturedSampling(Protocol):
+    """What a :class:`Sampling` may add if a captured step cannot serve every row's parameters.
+
+    Without it, a step captured with ``num_logprobs`` -1 is taken to serve every such step.
+    """
+
+    def replayable(self, state: Any) -> bool:
+        """Whether the sampling of the plan last applied may come from a captured step.  Host work only."""
+        ...
+
+
 class Inputs(Protocol):
     """Brings a plan to the device and turns it into :class:`StepInputs`."""
 

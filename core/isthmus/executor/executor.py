@@ -1,0 +1,323 @@
+"""Runs plans on a device, in terms of a backend's parts."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import torch
+
+from isthmus.contract import (
+    Backend,
+    CapturedGraph,
+    GraphScope,
+    Limits,
+    PartlyCapturedSampling,
+    Pending,
+    Sampled,
+    StepInputs,
+)
+from isthmus.errors import OutOfMemory, Unsupported
+from isthmus.executor.dummy import decode_plan, dummy_plan
+from isthmus.executor.graphs import Captured, StepGraphs, capture_all
+from isthmus.executor.prompt_logprobs import PromptLogprobs, PromptPiece, joined
+from isthmus.executor.shapes import Padding, StepShape, decode_sizes
+from isthmus.executor.split import split
+from isthmus.plan import Int32Array, StepPlan, StepResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class StepModel(Protocol):
+    """What runs between inputs and logits; see :class:`isthmus.model.decoder.Decoder`."""
+
+    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, index: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetching:
+    """What a step (or a piece of one) is bringing to the host."""
+
+    sampled: Pending[Sequence[Any]] | None
+    prompts: tuple[tuple[int, Pending[Sequence[Any]]], ...]  # by row, in order
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    pending: Pending[list[_Fetching]]
+
+
+class Executor:
+    """:class:`isthmus.contract.StepExecutor` over a backend and a decoder.
+
+    Not for several threads: one thread submits and collects.  A step that raises does so from its
+    own :meth:`collect`, and the steps after it run.  A step that does not fit into the device's
+    memory is run again in halves before it is given up.
+    """
+
+    def __init__(
+        self, backend: Backend, model: StepModel, limits: Limits, caches: Sequence[Any], *, max_steps_in_flight: int = 1
+    ) -> None:
+        self._backend: Final = backend
+        self._model: Final = model
+        self._limits: Final = limits
+        self._caches = caches
+        self._max_steps_in_flight: Final = max_steps_in_flight
+        self._padding: Final = Padding(backend.capabilities, limits.max_tokens, limits.max_rows)
+        self._graphs = StepGraphs()
+        self._device = backend.inputs.allocate(limits)
+        self._sampling_state = backend.sampling.allocate(limits)
+        self._num_logprobs = np.full(limits.max_rows, -1, np.int32)
+        self._prompt_logprobs = PromptLogprobs()
+        self._in_flight: deque[_InFlight] = deque()
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        return self._max_steps_in_flight
+
+    @property
+    def graphs(self) -> StepGraphs:
+        return self._graphs
+
+    def submit(self, plan: StepPlan) -> None:
+        assert len(self._in_flight) < self._max_steps_in_flight, "collect a step before submitting another"
+        assert 0 < plan.num_tokens <= self._limits.max_tokens and plan.num_spans <= self._limits.max_rows
+        self._in_flight.append(_InFlight(plan, self._backend.memory.launch(lambda: self._launch(plan))))
+
+    def collect(self) -> StepResult:
+        """Raises what the step raised; :class:`OutOfMemory` if not even a single token fits."""
+        assert self._in_flight, "nothing was submitted"
+        flight = self._in_flight.popleft()
+        return _result(flight.plan, flight.pending.result())
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Submit and collect, with nothing else in flight."""
+        assert not self._in_flight
+        self.submit(plan)
+        return self.collect()
+
+    def close(self) -> None:
+        """Wait for what was submitted, and drop the graphs and the cache."""
+        while self._in_flight:
+            try:
+                self.collect()
+            except Exception as error:  # nobody is left to tell
+                log.debug("a step in flight at the end failed: %s", error)
+        self._graphs = StepGraphs()
+        self._caches = ()
+
+    def _launch(self, plan: StepPlan) -> list[_Fetching]:
+        """On the thread that :meth:`Memory.launch` chose."""
+        self._prompt_logprobs.start(plan)
+        for start in plan.starts:
+            self._num_logprobs[start.row] = start.sampling.num_logprobs
+        num_logprobs = int(self._num_logprobs[plan.span_rows[plan.span_samples]].max(initial=-1))
+        with torch.inference_mode():
+            pieces, tokens = [plan], plan.num_tokens
+            while True:
+                try:
+                    return [self._start(piece, num_logprobs) for piece in pieces]
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if tokens == 1:
+                        raise OutOfMemory(
+                            f"the device has no memory for a single token of step {plan.step}: {error}; "
+                            f"lower the cache's memory share, max_num_seqs or max_num_batched_tokens"
+                        ) from error
+                # Out of the except block, so that the failed attempt's tensors are gone.
+                tokens = -(-tokens // 2)
+                log.warning("step %d did not fit into memory; running it in pieces of %d tokens", plan.step, tokens)
+                pieces = split(plan, tokens)
+
+    def _start(self, plan: StepPlan, num_logprobs: int) -> _Fetching:
+        backend, device, state = self._backend, self._device, self._sampling_state
+        backend.inputs.upload(plan, device)
+        backend.sampling.apply(state, plan)
+        prompt_pieces = self._prompt_logprobs.pieces(plan)
+        captured = self._graph_for(plan, num_logprobs, bool(prompt_pieces))
+        if captured is not None and self._graphs.scope is GraphScope.STEP:
+            captured.graph.replay(plan.num_tokens)
+            return _Fetching(self._fetch(captured.output, int(plan.span_samples.sum())), ())
+
+        shape = self._padding.shape(plan)
+        inputs, hidden, logits = self._forward(plan, shape, captured)
+        prompts = tuple((piece.row, self._fetch_prompt(hidden, piece)) for piece in prompt_pieces)
+        if shape.samples == 0:
+            return _Fetching(None, prompts)
+        if logits is None:
+            logits = self._model.logits(hidden, inputs.sample_tokens)
+        sampled = backend.sampling.sample(logits, inputs, device, state, num_logprobs)
+        return _Fetching(self._fetch(sampled, int(plan.span_samples.sum())), prompts)
+
+    def _forward(
+        self, plan: StepPlan, shape: StepShape, captured: Captured | None
+    ) -> tuple[StepInputs, Any, Tensor | None]:
+        """Inputs, hidden states (``None`` where a graph made the logits), and those logits."""
+        build = self._backend.inputs.build
+        if captured is None:
+            inputs = build(self._device, *shape)
+            return inputs, self._model.forward(inputs, self._caches), None
+        if self._graphs.any_shape:
+            # The graph reads spans up to the limit, so these are padded; tokens only up to this step's.
+            inputs = build(self._device, shape.tokens, self._limits.max_rows, shape.samples)
+            captured.graph.replay(shape.tokens)
+            return inputs, captured.output[: shape.tokens], None
+        size = self._padding.decode_shape(captured.size)
+        inputs = build(self._device, *size)
+        captured.graph.replay(shape.tokens)
+        if self._padding.is_exact:
+            return narrowed(inputs, shape.samples), None, captured.output[: shape.samples]
+        return inputs, None, captured.output
+
+    def _graph_for(self, plan: StepPlan, num_logprobs: int, prompt_logprobs: bool) -> Captured | None:
+        decode = bool(plan.span_samples.all()) and int(plan.span_lengths.max()) == 1
+        if prompt_logprobs and not self._graphs.any_shape:
+            return None  # only eager steps keep the hidden states
+        if self._graphs.scope is GraphScope.STEP and num_logprobs >= 0:
+            return None  # captured without log-probabilities
+        sampling = self._backend.sampling
+        if self._graphs.scope is GraphScope.STEP and isinstance(sampling, PartlyCapturedSampling):
+            decode = decode and sampling.replayable(self._sampling_state)
+        return self._graphs.find(plan.num_tokens, decode=decode)
+
+    def _fetch(self, sampled: Sampled, count: int) -> Pending[Sequence[Any]]:
+        tensors = [sampled.tokens, sampled.invalid]
+        if sampled.chosen_logprobs is not None:
+            assert sampled.ranks is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+            tensors += [sampled.chosen_logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
+        return self._backend.memory.fetch([tensor[:count] for tensor in tensors])
+
+    def _fetch_prompt(self, hidden: Tensor, piece: PromptPiece) -> Pending[Sequence[Any]]:
+        where = self._backend.memory.device
+        count = len(piece.next_tokens)
+        index = torch.arange(piece.begin, piece.begin + count, dtype=torch.int32, device=where)
+        following = torch.from_numpy(piece.next_tokens).to(where)
+        logits = self._model.logits(hidden, index)
+        return self._fetch(self._backend.sampling.prompt_logprobs(logits, following, piece.num_logprobs), count)
+
+    # Start-up
+
+    def warm_up(self, plans: Iterable[StepPlan]) -> None:
+        """Run these, so that no request pays for a first time."""
+        for plan in plans:
+            self.run(plan)
+
+    def capture(self) -> str | None:
+        """Capture what the backend's capabilities allow.
+
+        Returns why it cannot, if so; steps then run eagerly.
+        """
+        capabilities = self._backend.capabilities
+        scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
+        if scope is GraphScope.NONE:
+            return None
+        if any_size:
+            sizes = [self._limits.max_rows if scope is GraphScope.STEP else self._limits.max_tokens]
+        else:
+            sizes = decode_sizes(min(self._limits.max_rows, self._limits.max_tokens))
+        any_shape = any_size and scope is GraphScope.FORWARD
+
+        def capture() -> StepGraphs:
+            with torch.inference_mode():
+                return capture_all(scope, sizes, self._capture_one, any_shape=any_shape)
+
+        try:
+            self._graphs = self._backend.memory.launch(capture).result()
+        except Unsupported as error:
+            return str(error)
+        return None
+
+    def _capture_one(self, size: int) -> tuple[CapturedGraph, Any]:
+        backend, scope = self._backend, self._backend.capabilities.graph_scope
+        if scope is GraphScope.FORWARD and backend.capabilities.graph_any_size:
+            return self._capture_any_forward(size)
+        plan = decode_plan(size)
+        shape = self._padding.decode_shape(size)
+        backend.inputs.upload(plan, self._device)
+        backend.sampling.apply(self._sampling_state, plan)
+        if scope is GraphScope.FORWARD:
+            inputs = self._bounded(backend.inputs.build(self._device, *shape), 1)
+            return backend.graphs.capture(
+                lambda: self._model.logits(self._model.forward(inputs, self._caches), inputs.sample_tokens), size
+            )
+
+        def step() -> Sampled:
+            inputs = self._bounded(backend.inputs.build(self._device, *shape), 1)
+            logits = self._model.logits(self._model.forward(inputs, self._caches), inputs.sample_tokens)
+            return backend.sampling.sample(logits, inputs, self._device, self._sampling_state, -1)
+
+        return backend.graphs.capture(step, size)
+
+    def _capture_any_forward(self, size: int) -> tuple[CapturedGraph, Any]:
+        backend, limits = self._backend, self._limits
+        rows = min(limits.max_rows, size)
+        longest = -(-size // rows)
+        plan = dummy_plan([min(longest, size - row * longest) for row in range(-(-size // longest))])
+        backend.inputs.upload(plan, self._device)
+        backend.sampling.apply(self._sampling_state, plan)
+        inputs = self._bounded(backend.inputs.build(self._device, size, limits.max_rows, rows), size)
+        return backend.graphs.capture(lambda: self._model.forward(inputs, self._caches), size)
+
+    def _bounded(self, inputs: StepInputs, max_query_length: int) -> StepInputs:
+        """With upper bounds for the host's integers, since a graph is replayed with others."""
+        return replace(inputs, max_query_length=max_query_length, max_context_length=self._limits.max_model_len)
+
+
+def narrowed(inputs: StepInputs, samples: int) -> StepInputs:
+    """Without the padded samples."""
+    return replace(
+        inputs,
+        num_samples=samples,
+        sample_tokens=inputs.sample_tokens[:samples],
+        sample_rows=inputs.sample_rows[:samples],
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host refused an allocation; a host's allocator has no class of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _result(plan: StepPlan, pieces: list[_Fetching]) -> StepResult:
+    fetched = [piece.sampled.result() for piece in pieces if piece.sampled is not None]
+    rows: Int32Array = plan.span_rows[plan.span_samples]
+    prompts: dict[int, list[TokenLogprobs]] = {}
+    for piece in pieces:
+        for row, pending in piece.prompts:
+            prompts.setdefault(row, []).append(_logprobs(pending.result()))
+    if not fetched:
+        tokens, invalid, logprobs = np.zeros(0, np.int32), np.zeros(0, np.bool_), None
+    else:
+        tokens = np.concatenate([arrays[0] for arrays in fetched])
+        invalid = np.concatenate([arrays[1] for arrays in fetched])
+        logprobs = joined([_logprobs(arrays) for arrays in fetched]) if len(fetched[0]) > 2 else None
+    return StepResult(
+        step=plan.step,
+        rows=rows,
+        tokens=tokens[:, None],
+        invalid=invalid,
+        logprobs=logprobs,
+        prompt_logprobs={row: joined(parts) for row, parts in prompts.items()},
+    )
+
+
+def _logprobs(arrays: Sequence[Any]) -> TokenLogprobs:
+    _, _, chosen, ranks, top_ids, top_logprobs = arrays
+    return TokenLogprobs(chosen=chosen, ranks=ranks, top_ids=top_ids, top_logprobs=top_logprobs)
