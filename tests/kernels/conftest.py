@@ -20,7 +20,7 @@ if DEVICE == "cpu":
     )
     os.environ["TRITON_INTERPRET"] = "1"
 
-import torch
+import torch  # noqa: E402
 
 pytest.importorskip("triton", reason="the kernel library needs triton")
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from isthmus_triton.attention import TritonAttention
-from isthmus_triton.launch import LaunchTable, launch_table
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec
 from isthmus.plan import StepPlan
 from isthmus.reference import ReferenceAttention, ReferenceInputs
+from isthmus_triton.attention import TritonAttention
+from isthmus_triton.launch import LaunchTable, launch_table
 
 LIMITS = Limits(max_rows=8, max_tokens=256, max_model_len=320, block_size=16, num_blocks=170, vocab_size=64)
 LAYER = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,8 +49,7 @@ def gather_rows_kernel(
     row = tl.load(index + n).to(tl.int64)
     value = tl.load(table + row * width + column, mask=mask, other=0.0)
     if SCALED:
-        # The factor is rounded to the compute dtype first: checkpoints were trained that way.
-        value = (value.to(tl.float32) * scale.to(value.dtype).to(tl.float32)).to(value.dtype)
+        value = (value.to(tl.float32) * scale).to(value.dtype)
     tl.store(out + n * width + column, value, mask=mask)
 
 
@@ -71,8 +71,10 @@ def gather_rows(table: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
     width = table.shape[1]
     out = table.new_empty(index.shape[0], width)
     block = min(2048, triton.next_power_of_2(width))
+    # The factor is rounded to the compute dtype first: checkpoints were trained that way.
+    factor = 1.0 if scale == 1.0 else torch.tensor(scale, dtype=table.dtype).item()
     if index.shape[0]:
         gather_rows_kernel[(index.shape[0], triton.cdiv(width, block))](
-            table, index, out, width, float(scale), BLOCK=block, SCALED=scale != 1.0, num_warps=4
+            table, index, out, width, factor, BLOCK=block, SCALED=scale != 1.0, num_warps=4
         )
     return out

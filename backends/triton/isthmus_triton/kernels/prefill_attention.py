@@ -65,7 +65,7 @@ def attend_tiles(
             k = tl.load(keys + places)
             v = tl.load(values + places)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        if HAS_SOFTCAP:
+        if HAS_SOFTCAP:  # noqa: SIM108
             scores = softcapped(scores * scale, softcap) * 1.4426950408889634
         else:
             scores = scores * scale

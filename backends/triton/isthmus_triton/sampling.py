@@ -1,0 +1,120 @@
+"""The sampling part: parameters in rows on the device, and kernels that read them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
+from isthmus.plan import StepPlan
+from isthmus_triton.kernels.adjust import adjust_kernel
+from isthmus_triton.kernels.sample import choose_kernel, slices_kernel
+from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
+
+SLICE: Final = 8192
+"""Logits that one program of the first pass reads."""
+
+
+@dataclass(slots=True)
+class RowStates:
+    """Per-row parameters; the last row is the padding row and stays neutral (greedy)."""
+
+    parameters: Tensor  # int64 [max_rows + 1, WIDTH]
+    seen_bits: Tensor  # int32 [max_rows, bit words], zero between steps
+    vocab_size: int
+    extras: dict[int, Tensor] = field(default_factory=dict)
+    """Lists of rows that have any; the rows' parameters hold their addresses."""
+
+
+class TritonSampling:
+    """:class:`isthmus.contract.Sampling`, with the semantics of ``isthmus.reference.sampling``.
+
+    Everything a row needs is read on the device when the step runs, so one captured step serves any
+    mixture of parameters.  Frequency penalties are subtracted once an occurrence, which may round
+    otherwise than one product does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocate(self, limits: Limits) -> RowStates:
+        rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)
+        bits = torch.zeros(limits.max_rows, bit_words(limits.vocab_size), dtype=torch.int32, device=self._device)
+        return RowStates(rows, bits, limits.vocab_size)
+
+    def apply(self, state: RowStates, plan: StepPlan) -> None:
+        if not plan.starts:
+            return
+        words = np.empty((len(plan.starts), WIDTH + 1), np.int64)
+        for index, start in enumerate(plan.starts):
+            packed = pack_row(start.sampling, state.vocab_size)
+            words[index, :WIDTH] = packed.words
+            words[index, WIDTH] = start.row
+            # The one before may go: its memory is reused by work queued after the steps that read it.
+            state.extras.pop(start.row, None)
+            if len(packed.extras):
+                state.extras[start.row] = self._upload(packed.extras)
+                words[index, EXTRAS] = state.extras[start.row].data_ptr()
+        uploaded = self._upload(words)
+        state.parameters.index_copy_(0, uploaded[:, WIDTH], uploaded[:, :WIDTH])
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        host = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return host.clone()
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+    def sample(
+        self, logits: Tensor, inputs: StepInputs, device: DeviceState, state: RowStates, num_logprobs: int
+    ) -> Sampled:
+        samples, vocab = logits.shape
+        raw = logits.clone() if num_logprobs >= 0 else logits
+        rows, last, positions = inputs.sample_rows, inputs.sample_tokens, inputs.positions
+        empty = logits.new_empty
+        tokens, invalid_before = empty(samples, dtype=torch.int32), empty(samples, dtype=torch.int32)
+        invalid = empty(samples, dtype=torch.bool)
+        history = device.tokens
+        if samples:
+            adjust_kernel[(samples,)](
+                logits, invalid_before, state.parameters, rows, last, positions, history, device.num_prompt_tokens,
+                state.seen_bits, vocab, history.stride(0), state.seen_bits.stride(0), BLOCK=1024, num_warps=4,
+            )  # fmt: skip
+            slices = triton.cdiv(vocab, SLICE)
+            best, top = empty(samples, slices, 2), empty(samples, slices)
+            ids = empty(samples, slices, dtype=torch.int32)
+            slices_kernel[(samples, slices)](
+                logits, best, top, ids, state.parameters, rows, last, positions, vocab, SLICE,
+                BLOCK=min(2048, triton.next_power_of_2(vocab)), num_warps=4,
+            )  # fmt: skip
+            choose_kernel[(samples,)](
+                logits, best, top, ids, invalid_before, state.parameters, rows, last, positions, history,
+                tokens, invalid, vocab, history.stride(0), slices,
+                SLICES=triton.next_power_of_2(slices), BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=16,
+            )  # fmt: skip
+        if num_logprobs < 0:
+            return Sampled(tokens=tokens, invalid=invalid)
+        return _with_logprobs(raw, tokens, invalid, num_logprobs)
+
+    def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:
+        invalid = ~torch.isfinite(logits.amax(dim=-1))
+        return _with_logprobs(logits, next_tokens, invalid, num_logprobs)
+
+
+def _with_logprobs(raw: Tensor, tokens: Tensor, invalid: Tensor, num_logprobs: int) -> Sampled:
+    """Log-softmax of ``raw`` [positions, vocab] at ``tokens``, their ranks, and the likeliest."""
+    normaliser = torch.logsumexp(raw, dim=-1, keepdim=True)
+    own = raw.gather(1, tokens.long()[:, None])
+    top, ids = torch.topk(raw, min(num_logprobs, raw.shape[1]), dim=-1)
+    return Sampled(
+        tokens=tokens,
+        invalid=invalid,
+        chosen_logprobs=(own - normaliser)[:, 0],
+        ranks=(raw > own).sum(dim=-1).int() + 1,
+        top_ids=ids.int(),
+        top_logprobs=top - normaliser,
+    )

@@ -1,0 +1,191 @@
+"""Compile every kernel for the target named on the command line, and check what the compiler made of it.
+
+Ends with status 1 if a kernel does not compile, needs more shared memory than the target's program
+may take, or spills registers.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from isthmus_triton.kernels import decode_attention, elementwise, linear, norm, plan, prefill_attention, rotate_and_store
+from isthmus_triton.launch import launch_table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kernel: Any
+    signature: str  # "name:type name:type ..."; the rest of the arguments are constants
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+
+def attention_cases(arch: str) -> Iterator[Case]:
+    table = launch_table(arch)
+    for dim, dtype, itemsize in ((128, "bf16", 2), (64, "fp16", 2), (256, "bf16", 2), (128, "fp32", 4)):
+        row_bytes = dim * itemsize
+        shape = {"HEAD_DIM": dim, "DIM": dim, "BLOCK_SIZE": 16 if dim == 64 else 64, "GROUP": 4}
+        switches = {"HAS_WINDOW": False, "HAS_SOFTCAP": False, "PRECISION": "ieee" if itemsize == 4 else "tf32"}
+        decode = table.decode_for(row_bytes)
+        for rows in (16, 32):
+            yield Case(
+                f"decode {dim} {dtype} rows={rows}",
+                decode_attention.decode_kernel,
+                f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} block_tables:*i32 programs:*i32 "
+                "short_spans:*i32 partial_out:*fp32 partial_max:*fp32 partial_sum:*fp32 arrivals:*i32 "
+                "table_stride:i32 kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
+                {**shape, **switches, "ROWS": rows, "KEY_TILE": decode.key_tile, "STAGES": decode.stages},
+                decode.warps,
+            )
+        prefill = table.prefill_for(row_bytes)
+        yield Case(
+            f"prefill {dim} {dtype}",
+            prefill_attention.prefill_kernel,
+            f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} context_lengths:*i32 query_starts:*i32 "
+            "span_rows:*i32 block_tables:*i32 programs:*i32 long_tiles:*i32 num_spans:i32 table_stride:i32 "
+            "kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
+            {
+                **shape,
+                **switches,
+                "QUERY_TILE": prefill.query_tile,
+                "KEY_TILE": prefill.key_tile,
+                "STAGES": prefill.stages,
+            },
+            prefill.warps,
+        )
+        yield Case(
+            f"rotate {dim} {dtype}",
+            rotate_and_store.rotate_and_store_kernel,
+            f"qkv:*{dtype} query_out:*{dtype} keys:*{dtype} values:*{dtype} cos_sin:*fp32 query_weight:*fp32 "
+            "key_weight:*fp32 positions:*i32 slots:*i64 heads:i32 kv_heads:i32 block_stride:i32 epsilon:fp32",
+            {
+                "HEAD_DIM": dim,
+                "DIM": dim,
+                "ROTARY": dim,
+                "BLOCK_SIZE": shape["BLOCK_SIZE"],
+                "HEADS_EACH": table.heads_each,
+                "QK_NORM": dim == 64,
+            },
+        )
+    yield Case(
+        "plan",
+        plan.plan_kernel,
+        "context_lengths:*i32 query_starts:*i32 span_rows:*i32 programs:*i32 short_spans:*i32 long_tiles:*i32 "
+        "num_spans:i32 num_programs:i32 kv_heads:i32 window:i32 short_length:i32 least_tiles:i32",
+        {"GROUP": 4, "KEY_TILE": 64, "QUERY_TILE": 128, "SPANS": 1024, "PROGRAMS": 512, "SEARCH": 11},
+        8,
+    )
+
+
+def other_cases(arch: str) -> Iterator[Case]:
+    yield Case(
+        "add rms norm",
+        norm.rms_norm_kernel,
+        "x:*bf16 residual:*bf16 weight:*fp32 out:*bf16 row_stride:i32 hidden:i32 epsilon:fp32",
+        {"COLUMNS": 4096, "ADD": True},
+        8,
+    )
+    yield Case(
+        "gated activation",
+        elementwise.gated_activation_kernel,
+        "gate_up:*bf16 out:*bf16 inner:i32",
+        {"BLOCK": 2048, "SILU": True},
+    )
+    yield Case(
+        "gather rows",
+        elementwise.gather_rows_kernel,
+        "table:*bf16 index:*i32 out:*bf16 width:i32 scale:fp32",
+        {"BLOCK": 2048, "SCALED": True},
+    )
+    yield Case(
+        "vector linear",
+        linear.vector_linear_kernel,
+        "x:*bf16 weight:*bf16 bias:*bf16 out:*bf16 out_features:i32 in_features:i32",
+        {"OUT_TILE": 8, "IN_TILE": 512, "HAS_BIAS": False, "EVEN": True},
+    )
+    yield Case(
+        "split linear",
+        linear.split_linear_kernel,
+        "x:*bf16 weight:*bf16 bias:*bf16 out:*bf16 partial:*fp32 arrivals:*i32 rows:i32 out_features:i32 "
+        "in_features:i32",
+        {
+            "ROWS": 16,
+            "OUT_TILE": 64,
+            "IN_TILE": 64 if arch == "gfx942" else 128,
+            "SPLITS": 4,
+            "STAGES": 2 if arch == "gfx942" else 4,
+            "HAS_BIAS": True,
+            "PRECISION": "tf32",
+        },
+    )
+
+
+def compile_case(case: Case, target: GPUTarget) -> Any:
+    names = case.kernel.arg_names
+    signature = dict(part.split(":") for part in case.signature.split())
+    missing = set(names) - set(signature) - set(case.constants)
+    assert not missing, f"{case.name}: no type for {sorted(missing)}"
+    # Pointers and sizes are multiples of 16 in every real call.
+    even = ("block_stride", "row_stride", "hidden", "inner", "width", "vocab", "in_features", "out_features")
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature.get(name, "")[:1] == "*" or name in even
+    }
+    signature.update(dict.fromkeys(case.constants, "constexpr"))
+    source = ASTSource(
+        fn=case.kernel, signature={name: signature[name] for name in names}, constexprs=case.constants, attrs=divisible
+    )
+    return triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
+
+
+def spills(compiled: Any) -> int:
+    assembly = compiled.asm.get("amdgcn")
+    if assembly is not None:
+        return max((int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)), default=0)
+    # ptxas declares local memory in the binary only where it spills or indexes an array.
+    return sum(int(n) for n in re.findall(r"\.local .*\[(\d+)\]", compiled.asm["ptx"]))
+
+
+def main() -> int:
+    arch = sys.argv[1]
+    target, most_shared = TARGETS[arch]
+    failed = 0
+    for case in (*attention_cases(arch), *other_cases(arch)):
+        if len(sys.argv) > 2 and sys.argv[2] not in case.name:
+            continue
+        begin = time.perf_counter()
+        try:
+            compiled = compile_case(case, target)
+        except Exception as error:  # report every kernel, not the first
+            failed += 1
+            print(f"FAILED {case.name}: {type(error).__name__}: {str(error)[:600]}")  # noqa: T201
+            continue
+        shared, spilled = compiled.metadata.shared, spills(compiled)
+        bad = shared > most_shared or spilled > 0
+        failed += bad
+        print(  # noqa: T201
+            f"{'BAD   ' if bad else 'ok    '} {case.name}: {shared} B shared, {spilled} spilled, "
+            f"{time.perf_counter() - begin:.1f} s"
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

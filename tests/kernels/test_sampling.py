@@ -1,0 +1,189 @@
+"""Sampling against the reference: the same tokens, for every parameter, and fair draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from isthmus.contract import Limits
+from isthmus.plan import RowStart, StepPlan
+from isthmus.reference import ReferenceInputs, ReferenceSampling
+from isthmus.reference.noise import gumbel_noise, row_keys, token_keys
+from isthmus.sampling_params import RowSampling
+from isthmus_triton.kernels.noise import gumbel, row_key
+from isthmus_triton.sampling import TritonSampling
+
+VOCAB = 300
+LIMITS = Limits(max_rows=12, max_tokens=64, max_model_len=64, block_size=16, num_blocks=40, vocab_size=VOCAB)
+
+
+class Both:
+    """The reference and ours over one plan whose rows have ``history`` tokens, ``prompt`` of them prompt."""
+
+    def __init__(self, device: torch.device, rows: list[dict[str, Any]], history: int = 20, prompt: int = 12) -> None:
+        rng = np.random.default_rng(0)
+        self.device = device
+        inputs = ReferenceInputs(device)
+        self.states = [inputs.allocate(LIMITS) for _ in range(2)]
+        starts = tuple(
+            RowStart(
+                row=row,
+                tokens=rng.integers(0, 30, history).astype(np.int32),
+                num_prompt_tokens=prompt,
+                sampling=RowSampling(max_tokens=99, **parameters),
+            )
+            for row, parameters in enumerate(rows)
+        )
+        count = len(rows)
+        self.plan = StepPlan(
+            step=0,
+            starts=starts,
+            span_rows=np.arange(count, dtype=np.int32),
+            span_starts=np.full(count, history - 1, np.int32),
+            span_lengths=np.ones(count, np.int32),
+            span_samples=np.ones(count, np.bool_),
+        )
+        for state in self.states:
+            inputs.upload(self.plan, state)
+        self.samplers = [ReferenceSampling(device), TritonSampling(device)]
+        self.parameters = [sampler.allocate(LIMITS) for sampler in self.samplers]
+        for sampler, parameters in zip(self.samplers, self.parameters, strict=True):
+            sampler.apply(parameters, self.plan)
+        self.inputs = inputs.build(self.states[0], count + 2, count + 1, count + 1)
+        self.history = history
+
+    def sample(self, logits: torch.Tensor, num_logprobs: int = -1) -> tuple[Any, Any]:
+        """(expected, ours), the padding row left out; both have written the tokens to their histories."""
+        padded = torch.cat((logits, torch.zeros(1, VOCAB))).to(self.device)
+        found = []
+        for sampler, state, parameters in zip(self.samplers, self.states, self.parameters, strict=True):
+            found.append(sampler.sample(padded.clone(), self.inputs, state, parameters, num_logprobs))
+            written = state.tokens[: len(logits), self.history]
+            assert torch.equal(written, found[-1].tokens[: len(logits)])
+        return found[0], found[1]
+
+    def check(self, logits: torch.Tensor) -> None:
+        expected, ours = self.sample(logits)
+        assert ours.tokens.tolist() == expected.tokens.tolist()
+        assert ours.invalid.tolist() == expected.invalid.tolist()
+        # Scratch is left as it was found.
+        assert not self.parameters[1].seen_bits.any()
+
+
+def logits_for(rows: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+CUTS = [
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.8},
+    {"temperature": 2.0, "top_k": 200, "top_p": 0.95, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [0.02, 2.0, 12.0])
+def test_cuts_draw_the_references_tokens(device: torch.device, seed: int, scale: float) -> None:
+    rows = [{**cut, "seed": seed * 1000 + index * 77 + 2**40} for index, cut in enumerate(CUTS)]
+    Both(device, rows).check(logits_for(len(rows), seed, scale))
+
+
+def test_ties_at_a_cut_stay(device: torch.device) -> None:
+    """Logits of a few distinct values: a cut falls between equal ones everywhere."""
+    rows = [{**cut, "seed": index} for index, cut in enumerate(CUTS)]
+    Both(device, rows).check(logits_for(len(rows), 5).round())
+
+
+ADJUSTMENTS: list[dict[str, Any]] = [
+    {"logit_bias": ((3, 50.0), (7, -50.0))},
+    {"allowed_token_ids": (4, 250, 31, 32)},
+    {"min_tokens": 20, "stop_token_ids": (1, 2, 299)},
+    {"min_tokens": 3, "stop_token_ids": (1, 2, 299)},
+    {"repetition_penalty": 1.8},
+    {"frequency_penalty": 0.7, "presence_penalty": 0.4},
+    {"repetition_penalty": 0.6, "presence_penalty": -1.0, "logit_bias": ((5, 1.0),), "allowed_token_ids": (5, 6, 9)},
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_adjustments(device: torch.device, temperature: float, seed: int) -> None:
+    rows = [{**row, "temperature": temperature, "seed": seed} for row in ADJUSTMENTS]
+    logits = logits_for(len(rows), seed)
+    logits[2:4, 299] = 30.0  # would be sampled if it were not banned
+    Both(device, rows).check(logits)
+
+
+def test_bad_words_end_where_they_would_be_completed(device: torch.device) -> None:
+    both = Both(device, [{"bad_word_ids": ((9,), (11, 12, 5), (13, 6))}, {"bad_word_ids": ((11, 12, 5),)}])
+    for state in both.states:
+        state.tokens[0, 18:20] = torch.tensor([11, 12], dtype=torch.int32)
+        state.tokens[1, 18:20] = torch.tensor([12, 12], dtype=torch.int32)
+    logits = logits_for(2)
+    logits[:, 9], logits[:, 5], logits[:, 6], logits[:, 8] = 40.0, 39.0, 38.0, 37.0
+    both.check(logits)
+    assert both.states[1].tokens[:2, both.history].tolist() == [6, 9]
+
+
+def test_what_cannot_be_sampled_is_invalid(device: torch.device) -> None:
+    """Not its neighbours, and also where a mask hides the NaN."""
+    rows: list[dict[str, Any]] = [{}, {}, {"temperature": 1.0}, {"allowed_token_ids": (1,)}, {}, {"top_k": 3, "temperature": 1.0}]
+    logits = logits_for(len(rows))
+    logits[1, 200] = float("nan")
+    logits[2, :] = float("-inf")
+    logits[3, 50] = float("nan")
+    logits[4, 3] = float("inf")
+    both = Both(device, rows)
+    both.check(logits)
+    _, ours = both.sample(logits)
+    assert ours.invalid.tolist() == [False, True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("num_logprobs", [0, 5])
+def test_logprobs_are_of_the_models_own_logits(device: torch.device, num_logprobs: int) -> None:
+    rows = [{"temperature": 1.0, "logit_bias": ((3, 9.0),), "num_logprobs": num_logprobs}, {"temperature": 0.0}]
+    expected, ours = Both(device, rows).sample(logits_for(2), num_logprobs)
+    for name in ("chosen_logprobs", "ranks", "top_ids", "top_logprobs"):
+        torch.testing.assert_close(getattr(ours, name)[:2], getattr(expected, name)[:2], atol=1e-5, rtol=1e-5)
+
+
+def test_draws_are_fair(device: torch.device, interpreted: bool) -> None:
+    """Chi-square of many draws from a cut row, one a position."""
+    probabilities = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    logits = torch.full((8, VOCAB), -20.0)
+    logits[:, 100:106] = probabilities.log()
+    counts = torch.zeros(VOCAB)
+    rounds = 25 if interpreted else 500
+    for draw in range(rounds):
+        rows = [{"temperature": 1.0, "top_p": 0.93, "seed": draw * 8 + row} for row in range(8)]
+        _, ours = Both(device, rows).sample(logits)
+        counts += torch.bincount(ours.tokens[:8].long().cpu(), minlength=VOCAB)
+    kept = probabilities[:5] / probabilities[:5].sum()
+    expected = kept * rounds * 8
+    assert counts.sum() == counts[100:105].sum(), "a token outside the nucleus was drawn"
+    statistic = ((counts[100:105] - expected) ** 2 / expected).sum()
+    assert statistic < 18.5, f"chi-square {statistic:.1f} of 4 degrees of freedom; 18.5 is one in a thousand"
+
+
+@triton.jit
+def noise_kernel(out, seed, position, N: tl.constexpr):
+    token = tl.arange(0, N)
+    tl.store(out + token, gumbel(row_key(seed, position), token))
+
+
+def test_noise_is_the_references(device: torch.device) -> None:
+    seed, position = 2**62 + 12345678901, 777
+    out = torch.empty(1024, device=device)
+    noise_kernel[(1,)](out, seed, position, N=1024)
+    keys = torch.from_numpy(row_keys(np.array([seed], np.int64), np.array([position], np.int32)))
+    expected = gumbel_noise(keys, token_keys(torch.arange(1024, dtype=torch.int32)))
+    torch.testing.assert_close(out.cpu(), expected, atol=2e-6, rtol=2e-6)
