@@ -32,7 +32,7 @@ class EngineCore:
     """Drives a scheduler and an executor.  One thread calls it; nothing here waits but for the device.
 
     A step that the device fails ends the requests in it, with :attr:`FinishReason.ERROR`, and no
-    others.  After three such steps in a row :meth:`step` raises :class:`EngineDead`.
+    others.  After three failures in a row :meth:`step` raises :class:`EngineDead`.
     """
 
     def __init__(
@@ -56,6 +56,9 @@ class EngineCore:
         self._last_progress_s = clock()
         self._failures = 0
         self._last_failure = ""
+        self._submitted = -1
+        self._tainted = -1
+        """The last step that was in flight when one failed."""
         self.stalled = False
         """Whether the last :meth:`step` found nothing that can run, whatever is waiting."""
 
@@ -78,7 +81,7 @@ class EngineCore:
     def step(self) -> list[TokensOut]:
         """Submit as many steps as may be in flight, then wait for the oldest and return what it brought."""
         if self._failures >= MAX_FAILURES_IN_A_ROW:
-            raise EngineDead(f"{self._failures} steps in a row failed, the last with: {self._last_failure}")
+            raise EngineDead(f"the device failed {self._failures} times in a row, last with: {self._last_failure}")
         self._fill()
         self.stalled = not self._in_flight
         if self.stalled:
@@ -130,10 +133,14 @@ class EngineCore:
             except Exception as error:
                 logger.exception("step %d could not be submitted", plan.step)
                 failure = describe(error)
+            self._submitted = plan.step
             self._in_flight.append(_InFlight(plan.step, failure))
 
     def _fail(self, step: _InFlight, reason: str) -> list[TokensOut]:
-        self._failures += 1
+        # What was in flight with a failed step may well fail with it: that is one failure.
+        if step.step > self._tainted:
+            self._failures += 1
+            self._tainted = self._submitted
         self._last_failure = reason
         return self._scheduler.fail_step(step.step, f"the device failed this request's step: {reason}")
 

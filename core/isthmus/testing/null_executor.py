@@ -263,14 +263,13 @@ class _HashCache:
         require(bool((self.num_computed[rows] != -2).all()), "a block is appended to a row that was never started")
         require(bool(((blocks >= 1) & (blocks < self.limits.num_blocks)).all()), "a block id is out of range")
         require(bool((places < self.limits.max_blocks_per_row).all()), "a block table grows over its end")
-        require(bool((self.tables[rows, places] == 0).all()), "a place in a block table is set twice")
+        # A block may be put in the place of another of the same content: the hashes tell if it is not.
+        fresh = rows[self.tables[rows, places] == 0]
         self.tables[rows, places] = blocks
         require(bool((self.tables[rows, places] == blocks).all()), "a place in a block table is set twice in a step")
-        np.add.at(self.num_blocks, rows, 1)
-        for row in np.unique(rows):
-            table = self.tables[row, : self.num_blocks[row]]
-            require(bool(table.all()), f"the block table of row {row} has a hole")
-            require(len(np.unique(table)) == len(table), f"the block table of row {row} holds a block twice")
+        self.num_blocks += np.bincount(fresh, minlength=len(self.num_blocks)).astype(np.int32)
+        # No place was set twice in this step, so that as many as there are, all below their number, leave no hole.
+        require(bool((places < self.num_blocks[rows]).all()), "a block table has a hole")
 
     def compute(self, plan: StepPlan, *, thorough: bool) -> None:
         rows, starts, lengths = plan.span_rows, plan.span_starts, plan.span_lengths
@@ -284,18 +283,18 @@ class _HashCache:
         require(not wrong.any(), f"the cache of rows {its_rows[wrong].tolist()} does not hold their prefix")
         if thorough:
             self._check_contexts(rows, starts)
+        self.num_computed[rows] = ends
         one = lengths == 1
         places, one_rows = starts[one], rows[one]
         self.slots[self.tables[one_rows, places // size], places % size] = self.hashes[one_rows, places + 1]
         for span in np.flatnonzero(~one):
             row, positions = rows[span], np.arange(starts[span], ends[span])
             self.slots[self.tables[row, positions // size], positions % size] = self.hashes[row, positions + 1]
-        self.num_computed[rows] = ends
 
     def _check_spans(self, plan: StepPlan, ends: Int32Array) -> None:
         rows, starts, lengths = plan.span_rows, plan.span_starts, plan.span_lengths
         require(len(rows) > 0, "a step has no spans")
-        require(len(np.unique(rows)) == len(rows), "a row appears twice in a step")
+        require(int(np.bincount(rows).max()) == 1, "a row appears twice in a step")
         computed = self.num_computed[rows]
         require(bool((computed != -2).all()), "a span's row was never started")
         require(bool((lengths >= 1).all()), "a span is empty")
@@ -312,7 +311,9 @@ class _HashCache:
 
     def _check_contexts(self, rows: Int32Array, starts: Int32Array) -> None:
         for row, start in zip(rows, starts, strict=True):
-            held = self.slots[self.tables[row, : self.num_blocks[row]]].reshape(-1)[:start]
+            table = self.tables[row, : self.num_blocks[row]]
+            require(len(np.unique(table)) == len(table), f"the block table of row {row} holds a block twice")
+            held = self.slots[table].reshape(-1)[:start]
             require(
                 bool((held == self.hashes[row, 1 : start + 1]).all()),
                 f"the cache of row {row} does not hold its {start} tokens",
