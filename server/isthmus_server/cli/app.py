@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus_server.cli import serve
+from isthmus_server.cli import backends, bench, chat, complete, serve
 
 app = typer.Typer(
     name="isthmus",
@@ -52,3 +52,7 @@ def version() -> None:
 
 
 app.command(name="serve", help=serve.HELP)(serve.serve)
+app.command(name="chat", help=chat.HELP)(chat.chat)
+app.command(name="complete", help=complete.HELP)(complete.complete)
+app.add_typer(bench.app, name="bench")
+app.command(name="backends", help=backends.HELP)(backends.backends)

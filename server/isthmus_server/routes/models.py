@@ -84,4 +84,5 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "root": service.settings.engine.model.model,
         "parent": None,
         "max_model_len": ready.max_model_len if ready else None,
+        "vocab_size": ready.vocab_size if ready else None,
     }

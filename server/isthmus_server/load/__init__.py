@@ -1,0 +1,1 @@
+"""Loads for measuring: seeded requests, a light client that sends them, and the figures."""
