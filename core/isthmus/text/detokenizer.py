@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from isthmus.text.tokenizer import Tokenizer
-
-_UTF8: Final = codecs.getincrementaldecoder("utf-8")
-
 
 class Detokenizer:
     """One sequence's text.  The pieces joined are ``Tokenizer.decode`` of all its ids, for any ids.
@@ -22,13 +19,13 @@ class Detokenizer:
     the encoder's.
     """
 
-    __slots__ = ("_bytes", "_decoder", "_strip_space")
+    __slots__ = ("_bytes", "_pending", "_strip_space")
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, continues: bool = True) -> None:
         table = tokenizer.bytes
         self._bytes = table.visible if skip_special_tokens else table.all
         self._strip_space = table.strips_first_space and not continues
-        self._decoder = _UTF8("replace")
+        self._pending = b""  # at most three bytes, the beginning of a character
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete, maybe empty."""
@@ -37,8 +34,14 @@ class Detokenizer:
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        if self._pending:
+            data = self._pending + data
+        text, used = utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
 
     def finish(self) -> str:
         """What is left: a replacement character if the last one was never completed, else nothing."""
-        return self._decoder.decode(b"", True)
+        text, _ = utf_8_decode(self._pending, "replace", True)
+        self._pending = b""
+        return text

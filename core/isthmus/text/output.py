@@ -68,6 +68,7 @@ class ChoiceStream:
             None if tokenizer is None else Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         )
         self._stop = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output)
+        self._min_tokens = params.min_tokens
         self._finished = False
         self.num_tokens = 0
         self.cumulative_logprob = 0.0
@@ -80,19 +81,20 @@ class ChoiceStream:
         """Take over what a step brought.  After the end, everything is ignored."""
         if self._finished:
             return Delta()
+        hidden_end = out.stop_token is not None and not self._params.include_stop_str_in_output
         pieces: list[str] = []
         used = 0
         for token_id in out.tokens:
             used += 1
             self.num_tokens += 1
-            ends = out.stop_token is not None and used == len(out.tokens)
-            if not (ends and not self._params.include_stop_str_in_output):
-                pieces.append(self._text_of(token_id))
+            if self._detokenizer is None or (hidden_end and used == len(out.tokens)):
+                continue
+            pieces.append(self._watch(self._detokenizer.push((token_id,))))
             if self._stop.found is not None:
                 break
-        logprobs = tuple(self._describe(entry) for entry in out.logprobs[:used])
-        self.cumulative_logprob += sum(entry.logprob for entry in logprobs)
-        prompt_logprobs = tuple(None if entry is None else self._describe(entry) for entry in out.prompt_logprobs)
+        logprobs = tuple([self._describe(entry) for entry in out.logprobs[:used]]) if out.logprobs else ()
+        for entry in logprobs:
+            self.cumulative_logprob += entry.logprob
         reason, stop_reason = self._ending(out)
         if reason is not None:
             self._finished = True
@@ -101,12 +103,12 @@ class ChoiceStream:
                 reason, stop_reason = FinishReason.STOP, self._stop.found
         return Delta(
             text="".join(pieces),
-            token_ids=out.tokens[:used],
+            token_ids=out.tokens if used == len(out.tokens) else out.tokens[:used],
             logprobs=logprobs,
             finish_reason=None if reason is None else str(reason),
             stop_reason=stop_reason,
             stopped_by_text=self._stop.found is not None and out.finish_reason is None,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=tuple([None if entry is None else self._describe(entry) for entry in out.prompt_logprobs]),
             error=out.error,
         )
 
@@ -120,14 +122,9 @@ class ChoiceStream:
         listed = out.stop_token is not None and out.stop_token in self._params.stop_token_ids
         return out.finish_reason, out.stop_token if listed else None
 
-    def _text_of(self, token_id: int) -> str:
-        if self._detokenizer is None:
-            return ""
-        return self._watch(self._detokenizer.push((token_id,)))
-
     def _watch(self, text: str) -> str:
         """Stop strings count only in what comes after ``min_tokens`` tokens."""
-        return text if self.num_tokens <= self._params.min_tokens else self._stop.push(text)
+        return text if self.num_tokens <= self._min_tokens else self._stop.push(text)
 
     def _rest(self) -> str:
         if self._detokenizer is None or self._stop.found is not None:

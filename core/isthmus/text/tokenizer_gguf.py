@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from isthmus.errors import ModelError, UnsupportedModel
+from isthmus.errors import IsthmusError, ModelError, UnsupportedModel
 from isthmus.model.gguf_file import open_gguf
 from isthmus.text.pretokenizers import find_pre_rule
 from isthmus.text.tokenizer_parts import TokenizerParts
@@ -42,17 +43,20 @@ def read_tokenizer_gguf(path: str | Path) -> TokenizerParts:
     """Raises :class:`ModelError` for a file without a vocabulary, :class:`UnsupportedModel` for an unknown kind."""
     metadata = open_gguf(Path(path)).metadata
     vocabulary = _Vocabulary(metadata, str(path))
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        codec, add_bos = _byte_level(vocabulary)
-    elif kind == "llama":
-        codec, add_bos = _sentencepiece(vocabulary)
-    else:
+    kind = str(metadata.get("tokenizer.ggml.model"))
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
+    if build is None:
         raise UnsupportedModel(
             f"{path} has a tokenizer of kind {kind!r}; gpt2 (byte-level) and llama (SentencePiece BPE) are known. "
             "Use the model's safetensors folder, which brings its own tokenizer.json"
         )
-    codec.post_processor = vocabulary.surround(add_bos)
+    try:
+        codec, add_bos = build(vocabulary)
+        codec.post_processor = vocabulary.surround(add_bos)
+    except IsthmusError:
+        raise
+    except Exception as error:  # the package raises plain Exception
+        raise ModelError(f"{path} has a vocabulary that is not consistent: {error}; convert it again") from error
     return TokenizerParts(
         codec=codec,
         special_tokens=vocabulary.special_tokens(),
@@ -167,10 +171,9 @@ def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     As in transformers' ``SentencePieceExtractor``.
     """
     ids = vocabulary.ids
-    scores = vocabulary.required("scores").tolist()
-    by_score = sorted(range(len(vocabulary.tokens)), key=scores.__getitem__, reverse=True)
+    best_first = np.argsort(-vocabulary.required("scores"), kind="stable")
     merges: list[tuple[str, str]] = []
-    for index in by_score:
+    for index in best_first.tolist():
         token = vocabulary.tokens[index]
         pairs = [
             (token[:cut], token[cut:]) for cut in range(1, len(token)) if token[:cut] in ids and token[cut:] in ids
