@@ -173,8 +173,7 @@ class Executor:
             inputs = build(self._device, *shape)
             return inputs, self._model.forward(inputs, self._caches), None
         if self._graphs.any_shape:
-            # The graph reads spans up to the limit, so these are padded; tokens only up to this step's.
-            inputs = build(self._device, shape.tokens, self._limits.max_rows, shape.samples)
+            inputs = build(self._device, captured.size, self._limits.max_rows, shape.samples)
             captured.graph.replay(shape.tokens)
             return inputs, captured.output[: shape.tokens], None
         size = self._padding.decode_shape(captured.size)

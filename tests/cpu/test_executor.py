@@ -1,0 +1,540 @@
+"""Plans run by the executor over reference parts and a tiny decoder with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+
+from isthmus.contract import (
+    AttentionSpec,
+    Capabilities,
+    CapturedGraph,
+    GraphScope,
+    Limits,
+    Sampled,
+    ShapePolicy,
+    StepInputs,
+)
+from isthmus.errors import OutOfMemory, Unsupported
+from isthmus.executor import Executor
+from isthmus.executor.executor import StepModel
+from isthmus.executor.shapes import decode_sizes
+from isthmus.executor.split import split
+from isthmus.model.source import ModelSource
+from isthmus.model.spec import LayerSpec, ModelSpec, RopeSpec
+from isthmus.model.weights import load_decoder
+from isthmus.plan import RowStart, StepPlan, StepResult
+from isthmus.reference import REFERENCE_CAPABILITIES, ReferenceBackend
+from isthmus.sampling_params import RowSampling
+
+T = TypeVar("T")
+MAX_LEN, SIZE, ROWS, TOKENS = 96, 4, 64, 512
+
+ATTENTION = AttentionSpec(heads=4, kv_heads=2, head_dim=8, scale=8**-0.5)
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM",
+    vocab_size=97,
+    hidden=32,
+    inner=48,
+    layers=(LayerSpec(attention=ATTENTION), LayerSpec(attention=dataclasses.replace(ATTENTION, window=12))),
+    ropes=(RopeSpec(rotary_dim=8),),
+    max_position=MAX_LEN,
+    norm_epsilon=1e-5,
+)
+LIMITS = Limits(
+    max_rows=ROWS,
+    max_tokens=TOKENS,
+    max_model_len=MAX_LEN,
+    block_size=SIZE,
+    num_blocks=1 + ROWS * MAX_LEN // SIZE,
+    vocab_size=SPEC.vocab_size,
+)
+
+
+def capabilities(**changes: Any) -> Capabilities:
+    return dataclasses.replace(REFERENCE_CAPABILITIES, **changes)
+
+
+def make_executor(
+    backend: ReferenceBackend | None = None,
+    *,
+    in_flight: int = 1,
+    wrap: Callable[[StepModel], StepModel] = lambda model: model,
+) -> Executor:
+    backend = backend or ReferenceBackend()
+    source = ModelSource(name="tiny", path=Path("tiny"), kind="safetensors")
+    decoder = load_decoder(source, SPEC, backend, "float32", MAX_LEN, random_weights=True, progress=False)
+    caches = backend.attention.allocate([layer.attention for layer in SPEC.layers], LIMITS, "float32")
+    return Executor(backend, wrap(decoder), LIMITS, caches, max_steps_in_flight=in_flight)
+
+
+@dataclass
+class Sequence_:
+    row: int
+    prompt: list[int]
+    sampling: RowSampling = field(default_factory=lambda: RowSampling(max_tokens=1))
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    length: int = 0  # tokens known, by the device at least
+    started: bool = False
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.length = len(self.prompt)
+
+
+class Driver:
+    """The least of a scheduler: every sequence's next tokens in each step, in chunks, with placeholders."""
+
+    def __init__(self, executor: Executor, sequences: list[Sequence_], *, chunk: int = TOKENS) -> None:
+        self.executor, self.sequences, self.chunk = executor, sequences, chunk
+        self.next_block = 1 + max((block for s in sequences for block in s.blocks), default=0)
+        self.steps = 0
+        self.results: list[StepResult] = []
+
+    def plan(self, num_tokens: int) -> StepPlan | None:
+        starts, appends, spans, room = [], [], [], TOKENS
+        for s in self.sequences:
+            if s.length >= len(s.prompt) + num_tokens and s.computed >= s.length - 1:
+                continue
+            count = min(s.length - s.computed, self.chunk, room)
+            if count == 0:
+                continue
+            room -= count
+            old = 0 if not s.started else len(s.blocks)
+            while len(s.blocks) * SIZE < s.computed + count:
+                s.blocks.append(self.next_block)
+                self.next_block += 1
+            appends += [(s.row, i, s.blocks[i]) for i in range(old, len(s.blocks))]
+            if not s.started:
+                tokens = np.array(s.prompt, np.int32)
+                starts.append(RowStart(row=s.row, tokens=tokens, num_prompt_tokens=len(s.prompt), sampling=s.sampling))
+                s.started = True
+            samples = s.computed + count == s.length
+            spans.append((s.row, s.computed, count, samples))
+            s.computed += count
+            s.length += samples
+        if not spans:
+            return None
+        columns = np.array(appends, np.int32).reshape(-1, 3).T
+        rows, begins, counts, samples_ = zip(*spans, strict=True)
+        self.steps += 1
+        return StepPlan(
+            step=self.steps - 1,
+            starts=tuple(starts),
+            block_rows=columns[0],
+            block_indices=columns[1],
+            block_ids=columns[2],
+            span_rows=np.array(rows, np.int32),
+            span_starts=np.array(begins, np.int32),
+            span_lengths=np.array(counts, np.int32),
+            span_samples=np.array(samples_, np.bool_),
+        )
+
+    def run(self, num_tokens: int) -> list[list[int]]:
+        by_row = {s.row: s for s in self.sequences}
+        submitted = 0
+        while True:
+            plan = None
+            while submitted < self.executor.max_steps_in_flight:
+                plan = self.plan(num_tokens)
+                if plan is None:
+                    break
+                self.executor.submit(plan)
+                submitted += 1
+            if submitted == 0:
+                return [s.tokens for s in self.sequences]
+            result = self.executor.collect()
+            assert result.step == len(self.results)
+            self.results.append(result)
+            submitted -= 1
+            for row, token in zip(result.rows.tolist(), result.tokens[:, 0].tolist(), strict=True):
+                by_row[row].tokens.append(token)
+
+
+def prompts(count: int = ROWS) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, SPEC.vocab_size, 1 + (7 * i) % 23).tolist() for i in range(count)]
+
+
+def sequences(count: int = ROWS, sampling: RowSampling | None = None) -> list[Sequence_]:
+    one = sampling or RowSampling(max_tokens=1)
+    return [Sequence_(row=i, prompt=prompt, sampling=one) for i, prompt in enumerate(prompts(count))]
+
+
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """Each prompt by itself, unchunked, one step in flight."""
+    found = []
+    for sequence in sequences():
+        found += Driver(make_executor(), [sequence]).run(NUM_TOKENS)
+    assert len({tuple(tokens) for tokens in found}) > 50, "a test that any output would pass"
+    return found
+
+
+@pytest.mark.parametrize("chunk", [TOKENS, 5, 1])
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_greedy_is_the_same_in_any_company(
+    alone: list[list[int]], chunk: int, in_flight: int, asynchronous: bool
+) -> None:
+    backend = ReferenceBackend(asynchronous=asynchronous)
+    executor = make_executor(backend, in_flight=in_flight)
+    assert Driver(executor, sequences(), chunk=chunk).run(NUM_TOKENS) == alone
+    executor.close()
+    backend.close()
+
+
+def test_padded_buckets_change_nothing(alone: list[list[int]]) -> None:
+    shapes: list[tuple[int, int, int]] = []
+
+    class Watch:
+        def __init__(self, model: StepModel) -> None:
+            self.model = model
+
+        def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
+            shapes.append((inputs.num_tokens, inputs.num_spans, inputs.num_samples))
+            return self.model.forward(inputs, caches)
+
+        def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+            return self.model.logits(hidden, index)
+
+    buckets = capabilities(shapes=ShapePolicy.BUCKETED, token_buckets=(8, 32, 128, 4096), span_buckets=(1, 16, 40))
+    executor = make_executor(ReferenceBackend(capabilities=buckets), wrap=Watch)
+    assert Driver(executor, sequences(37), chunk=3).run(NUM_TOKENS) == alone[:37]
+    tokens, spans, samples = ({shape[i] for shape in shapes} for i in range(3))
+    assert tokens <= {8, 32, 128, TOKENS} and spans <= {1, 16, 40, ROWS} and samples <= {0, 1, 16, 40, ROWS}
+    assert 40 in spans and 128 in tokens
+
+
+def test_rows_may_share_blocks(alone: list[list[int]]) -> None:
+    """A second sequence starts after blocks that a first has filled."""
+    executor = make_executor()
+    prompt = prompts(4)[3]
+    assert len(prompt) > 2 * SIZE
+    first = Sequence_(row=5, prompt=prompt)
+    assert Driver(executor, [first]).run(NUM_TOKENS) == [alone[3]]
+    second = Sequence_(row=9, prompt=prompt, blocks=first.blocks[:2], computed=2 * SIZE)
+    driver = Driver(executor, [second])
+    driver.next_block = max(first.blocks) + 1
+    assert driver.run(NUM_TOKENS) == [alone[3]]
+    assert driver.results[0].tokens.shape == (1, 1)
+
+
+def test_rows_are_used_again(alone: list[list[int]]) -> None:
+    executor = make_executor()
+    for index in (3, 0, 17):
+        assert Driver(executor, [Sequence_(row=2, prompt=prompts()[index])]).run(NUM_TOKENS) == [alone[index]]
+
+
+class RecordedGraph:
+    """Replays a closure into the buffers of its first output."""
+
+    def __init__(self, step: Callable[[], Any], output: Any) -> None:
+        self.step, self.output, self.replays = step, output, 0
+
+    def replay(self, num_tokens: int) -> None:
+        self.replays += 1
+        copy_into(self.output, self.step())
+
+
+def copy_into(old: Any, new: Any) -> None:
+    if isinstance(old, Sampled):
+        old.tokens.copy_(new.tokens)
+        old.invalid.copy_(new.invalid)
+    else:
+        old.copy_(new)
+
+
+class RecordingGraphs:
+    def __init__(self, refuse: str = "") -> None:
+        self.refuse = refuse
+        self.graphs: dict[int, RecordedGraph] = {}
+        self.order: list[int] = []
+
+    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+        if self.refuse:
+            raise Unsupported(self.refuse)
+        output = step()
+        self.graphs[num_tokens] = RecordedGraph(step, output)
+        self.order.append(num_tokens)
+        return self.graphs[num_tokens], output
+
+
+class GreedySampling:
+    """Reference sampling knows the step's rows on the host only, so a recorded one is argmax alone."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def allocate(self, limits: Limits) -> None:
+        return None
+
+    def apply(self, state: Any, plan: StepPlan) -> None:
+        pass
+
+    def sample(self, logits: torch.Tensor, inputs: StepInputs, device: Any, state: Any, num_logprobs: int) -> Sampled:
+        self.calls += 1
+        tokens = logits.argmax(-1).int()
+        device.tokens[inputs.sample_rows, inputs.positions[inputs.sample_tokens] + 1] = tokens
+        return Sampled(tokens=tokens, invalid=torch.zeros(len(tokens), dtype=torch.bool))
+
+    def prompt_logprobs(self, logits: torch.Tensor, next_tokens: torch.Tensor, num_logprobs: int) -> Sampled:
+        raise Unsupported("not in this test")
+
+
+@pytest.mark.parametrize("scope", [GraphScope.FORWARD, GraphScope.STEP])
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_graphs_replay_what_eager_steps_do(
+    alone: list[list[int]], scope: GraphScope, any_size: bool, in_flight: int
+) -> None:
+    graphs = RecordingGraphs()
+    backend = ReferenceBackend(
+        capabilities=capabilities(graph_scope=scope, graph_any_size=any_size),
+        graphs=graphs,
+        sampling=GreedySampling() if scope is GraphScope.STEP else None,
+    )
+    executor = make_executor(backend, in_flight=in_flight)
+    assert executor.capture() is None
+    if any_size:
+        assert graphs.order == [ROWS if scope is GraphScope.STEP else TOKENS]
+    else:
+        assert graphs.order == sorted(decode_sizes(ROWS), reverse=True)
+    driver = Driver(executor, sequences(37), chunk=7)
+    assert driver.run(NUM_TOKENS) == alone[:37]
+    replays = sum(graph.replays for graph in graphs.graphs.values())
+    assert replays >= 9
+    if any_size and scope is GraphScope.FORWARD:
+        assert replays == driver.steps
+
+
+def test_the_smallest_graph_that_fits_is_replayed() -> None:
+    graphs = RecordingGraphs()
+    backend = ReferenceBackend(capabilities=capabilities(graph_scope=GraphScope.FORWARD), graphs=graphs)
+    executor = make_executor(backend)
+    executor.capture()
+    Driver(executor, sequences(9)).run(4)
+    assert {size: graph.replays for size, graph in graphs.graphs.items() if graph.replays} == {16: 3}
+
+
+def test_steps_that_a_captured_one_cannot_serve_run_eagerly() -> None:
+    class Partly(GreedySampling):
+        def replayable(self, state: Any) -> bool:
+            return False
+
+    for sampling, expected in ((GreedySampling(), 3), (Partly(), 0)):
+        graphs = RecordingGraphs()
+        backend = ReferenceBackend(
+            capabilities=capabilities(graph_scope=GraphScope.STEP), graphs=graphs, sampling=sampling
+        )
+        executor = make_executor(backend)
+        executor.capture()
+        Driver(executor, sequences(9)).run(4)
+        assert sum(graph.replays for graph in graphs.graphs.values()) == expected
+
+
+def test_a_refused_capture_says_why_and_steps_run_eagerly(alone: list[list[int]]) -> None:
+    backend = ReferenceBackend(
+        capabilities=capabilities(graph_scope=GraphScope.STEP), graphs=RecordingGraphs(refuse="not on Tuesdays")
+    )
+    executor = make_executor(backend)
+    assert executor.capture() == "not on Tuesdays"
+    assert Driver(executor, sequences(5)).run(NUM_TOKENS) == alone[:5]
+
+
+def test_decode_sizes() -> None:
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(3) == [1, 2, 3]
+    assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert decode_sizes(24) == [1, 2, 4, 8, 16, 24]
+
+
+class Faulty:
+    """Raises in the forwards of given numbers, or of more tokens than ``room``."""
+
+    def __init__(self, model: StepModel, bad: dict[int, Exception] | None = None, room: int = TOKENS) -> None:
+        self.model, self.bad, self.room = model, bad or {}, room
+        self.calls = 0
+        self.sizes: list[int] = []
+
+    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
+        self.calls += 1
+        if self.calls - 1 in self.bad:
+            raise self.bad[self.calls - 1]
+        if inputs.num_tokens > self.room:
+            raise torch.OutOfMemoryError(f"{inputs.num_tokens} tokens are too many")
+        self.sizes.append(inputs.num_tokens)
+        return self.model.forward(inputs, caches)
+
+    def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        return self.model.logits(hidden, index)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_step_surfaces_alone(asynchronous: bool) -> None:
+    backend = ReferenceBackend(asynchronous=asynchronous)
+    executor = make_executor(backend, in_flight=3, wrap=lambda model: Faulty(model, {1: ValueError("bad kernel")}))
+    driver = Driver(executor, sequences(3))
+    plans = [driver.plan(9) for _ in range(3)]
+    for plan in plans:
+        assert plan is not None
+        executor.submit(plan)
+    assert executor.collect().step == 0
+    with pytest.raises(ValueError, match="bad kernel"):
+        executor.collect()
+    last = executor.collect()
+    assert last.step == 2 and last.tokens.shape == (3, 1)
+    backend.close()
+
+
+@pytest.mark.parametrize("room", [64, 7, 1])
+def test_a_step_too_large_for_memory_runs_in_pieces(
+    alone: list[list[int]], room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    models: list[Faulty] = []
+
+    def wrap(model: StepModel) -> StepModel:
+        models.append(Faulty(model, room=room))
+        return models[0]
+
+    caplog.set_level(logging.ERROR)  # the warnings are many here
+    logprobs = RowSampling(max_tokens=1, num_logprobs=2, num_prompt_logprobs=1)
+    whole = Driver(make_executor(), sequences(40, logprobs))
+    pieces = Driver(make_executor(wrap=wrap), sequences(40, logprobs))
+    assert whole.run(3) == [tokens[:3] for tokens in alone[:40]]
+    assert pieces.run(3) == [tokens[:3] for tokens in alone[:40]]
+    assert max(models[0].sizes) <= room
+    for one, other in zip(whole.results, pieces.results, strict=True):
+        assert one.logprobs is not None and other.logprobs is not None
+        np.testing.assert_allclose(one.logprobs.top_logprobs, other.logprobs.top_logprobs, atol=1e-4)
+        assert one.prompt_logprobs.keys() == other.prompt_logprobs.keys()
+        for row in one.prompt_logprobs:
+            np.testing.assert_allclose(one.prompt_logprobs[row].chosen, other.prompt_logprobs[row].chosen, atol=1e-4)
+
+
+def test_a_step_of_one_token_that_does_not_fit_fails_alone() -> None:
+    bad = {i: torch.OutOfMemoryError("full") for i in range(1)}
+    executor = make_executor(wrap=lambda model: Faulty(model, bad))
+    driver = Driver(executor, [Sequence_(row=0, prompt=[5])])
+    first = driver.plan(9)
+    assert first is not None
+    executor.submit(first)
+    with pytest.raises(OutOfMemory, match="single token"):
+        executor.collect()
+    second = driver.plan(9)
+    assert second is not None
+    executor.submit(second)
+    assert executor.collect().step == 1
+
+
+def test_split_covers_every_position_once() -> None:
+    plan = StepPlan(
+        step=7,
+        span_rows=np.array([3, 1, 2], np.int32),
+        span_starts=np.array([0, 5, 9], np.int32),
+        span_lengths=np.array([5, 1, 4], np.int32),
+        span_samples=np.array([True, False, True]),
+    )
+    for size in range(1, 11):
+        pieces = split(plan, size)
+        assert all(0 < piece.num_tokens <= size and piece.step == 7 for piece in pieces)
+        covered = [
+            (row, start + i)
+            for piece in pieces
+            for row, start, length in zip(piece.span_rows, piece.span_starts, piece.span_lengths, strict=True)
+            for i in range(length)
+        ]
+        assert covered == [(3, i) for i in range(5)] + [(1, 5)] + [(2, 9 + i) for i in range(4)]
+        assert [row for piece in pieces for row in piece.span_rows[piece.span_samples]] == [3, 2]
+
+
+def all_logits(tokens: list[int]) -> torch.Tensor:
+    """float32 [len(tokens), vocab] of one unchunked forward."""
+    seen: list[torch.Tensor] = []
+
+    class Watch:
+        def __init__(self, model: StepModel) -> None:
+            self.model = model
+
+        def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
+            hidden = self.model.forward(inputs, caches)
+            seen.append(self.model.logits(hidden, None))
+            return hidden
+
+        def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+            return self.model.logits(hidden, index)
+
+    Driver(make_executor(wrap=Watch), [Sequence_(row=0, prompt=tokens)]).run(1)
+    return seen[0]
+
+
+@pytest.mark.parametrize("chunk", [TOKENS, 5])
+@pytest.mark.parametrize("piece", [256, 3])
+def test_prompt_logprobs(chunk: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.executor.prompt_logprobs.PIECE", piece)
+    rng = np.random.default_rng(3)
+    prompt = rng.integers(0, SPEC.vocab_size, 17).tolist()
+    asked = Sequence_(row=4, prompt=prompt, sampling=RowSampling(max_tokens=1, num_prompt_logprobs=3))
+    others = [Sequence_(row=1, prompt=prompt[:6]), Sequence_(row=7, prompt=[3])]
+    driver = Driver(make_executor(), [others[0], asked, others[1]], chunk=chunk)
+    driver.run(3)
+
+    expected = torch.log_softmax(all_logits(prompt).double(), -1)[:-1]
+    parts = [result.prompt_logprobs[4] for result in driver.results if result.prompt_logprobs]
+    assert all(result.prompt_logprobs.keys() <= {4} for result in driver.results)
+    chosen = np.concatenate([part.chosen for part in parts])
+    ids = np.concatenate([part.top_ids for part in parts])
+    ranks = np.concatenate([part.ranks for part in parts])
+    following = torch.tensor(prompt[1:])[:, None]
+    np.testing.assert_allclose(chosen, expected.gather(1, following)[:, 0], atol=1e-4)
+    assert ids.tolist() == expected.topk(3).indices.tolist()
+    assert ranks.tolist() == ((expected > expected.gather(1, following)).sum(-1) + 1).tolist()
+
+
+def test_logprobs_are_as_many_as_the_most_demanding_row_asks_for() -> None:
+    wants = [-1, 0, 4]
+    rows = [
+        Sequence_(row=i, prompt=prompt, sampling=RowSampling(max_tokens=1, num_logprobs=want))
+        for i, (prompt, want) in enumerate(zip(prompts(3), wants, strict=True))
+    ]
+    driver = Driver(make_executor(), rows)
+    driver.run(2)
+    for result in driver.results:
+        assert result.logprobs is not None
+        assert result.logprobs.chosen.shape == (3,) and result.logprobs.top_ids.shape == (3, 4)
+    plain = Driver(make_executor(), [dataclasses.replace(rows[0], blocks=[], computed=0, started=False, tokens=[])])
+    plain.run(2)
+    assert all(result.logprobs is None for result in plain.results)
+
+
+def test_a_step_that_samples_nothing_has_no_logits() -> None:
+    class NoLogits(Faulty):
+        def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+            raise AssertionError("not needed")
+
+    executor = make_executor(wrap=NoLogits)
+    plan = Driver(executor, [Sequence_(row=0, prompt=[1, 2, 3, 4])], chunk=2).plan(1)
+    assert plan is not None
+    result = executor.run(plan)
+    assert result.tokens.shape == (0, 1) and len(result.rows) == len(result.invalid) == 0
+
+
+def test_drawn_tokens_depend_on_seed_and_position_alone() -> None:
+    """Batch 1 against batch 33, chunked or not, at high temperature."""
+    drawn = RowSampling(max_tokens=1, temperature=1.5, seed=99)
+    together = Driver(make_executor(in_flight=2), sequences(33, drawn), chunk=4).run(NUM_TOKENS)
+    for index in (0, 5, 32):
+        one = Sequence_(row=0, prompt=prompts()[index], sampling=drawn)
+        assert Driver(make_executor(), [one]).run(NUM_TOKENS) == [together[index]]
