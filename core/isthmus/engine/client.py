@@ -42,7 +42,6 @@ from isthmus.errors import EngineDead, InvalidRequest, IsthmusError, QueueFull
 
 logger = logging.getLogger(__name__)
 
-QUEUED_MESSAGES: Final = 16384
 READ_AT_ONCE: Final = 64
 """Messages handled before other tasks of the loop get their turn."""
 LAST_WORDS_S: Final = 0.03
@@ -98,10 +97,10 @@ class _Wire:
         self.from_engine = f"ipc://{self.folder / 'from_engine'}"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outlet = self._context.socket(zmq.PUSH)
-        self._outlet.sndhwm = QUEUED_MESSAGES
+        self._outlet.sndhwm = Wire.QUEUED_REQUESTS
         self._outlet.linger = 0
         self._inlet = self._context.socket(zmq.PULL)
-        self._inlet.rcvhwm = QUEUED_MESSAGES
+        self._inlet.rcvhwm = Wire.QUEUED_OUTPUTS
         self._inlet.maxmsgsize = int(Wire.MAX_MESSAGE_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -214,6 +213,11 @@ class AsyncEngineClient:
         return self._ready.result()
 
     @property
+    def _max_streams(self) -> int:
+        # The engine would refuse more too, but only between two steps.
+        return self.ready.max_num_seqs + self.ready.max_waiting
+
+    @property
     def alive(self) -> bool:
         """Whether the engine can take requests, as far as is known."""
         return self._ready.done() and not self._dead.done() and not self._stopping
@@ -237,8 +241,8 @@ class AsyncEngineClient:
             raise EngineDead(self._dead.result() if self._dead.done() else "the engine is shutting down")
         if request_id in self._streams:
             raise InvalidRequest(f"request id {request_id} is in use; take one from next_request_id()")
-        if not self._wire.send(request):
-            raise QueueFull("the engine has not read the requests sent so far")
+        if len(self._streams) >= self._max_streams or not self._wire.send(request):
+            raise QueueFull(f"{len(self._streams)} requests run or wait, as many as may; try again later")
         stream = self._streams[request_id] = _Stream()
         open_there = True
         try:

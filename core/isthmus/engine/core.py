@@ -67,6 +67,10 @@ class EngineCore:
         """Whether :meth:`step` may bring something."""
         return bool(self._in_flight) or self._scheduler.has_work
 
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
     def add(self, request: AddRequest) -> None:
         """Take a request.  Raises :class:`InvalidRequest` or :class:`QueueFull`."""
         self._check(request)

@@ -41,12 +41,12 @@ class LocalEngine:
         :class:`isthmus.errors.InvalidRequest` for a request that can never run, which aborts the
         others, and :class:`isthmus.errors.EngineDead` when the device keeps failing.
         """
-        room = self.ready.max_waiting
         incoming = iter(requests)
         running: set[int] = set()
         try:
             while True:
-                for request in itertools.islice(incoming, room - len(running)):
+                room = self.ready.max_waiting - self._core.num_waiting
+                for request in itertools.islice(incoming, room):
                     self._core.add(request)
                     running.add(request.request_id)
                 if not running:

@@ -160,9 +160,12 @@ FromEngine = Outputs | EngineStats | EngineReady | EngineFailed | RequestRefused
 
 
 class Wire(IntEnum):
-    """Bounds on what is read from a socket."""
+    """Bounds on what is read from a socket, and on what may lie unread at either end of it."""
 
     MAX_MESSAGE_BYTES = 64 * 2**20
+    QUEUED_REQUESTS = 16384
+    QUEUED_OUTPUTS = 1024
+    """Steps.  The engine then waits for its client to read."""
 
 
 def pack_tokens(tokens: Sequence[int] | Int32Array) -> bytes:

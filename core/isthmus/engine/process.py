@@ -46,7 +46,6 @@ STATS_EVERY_S: Final = 0.1
 STALL_POLL_S: Final = 0.02
 LAST_WORDS_S: Final = 2.0
 """How long the last message may take to leave."""
-QUEUED_MESSAGES: Final = 16384
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -56,7 +55,7 @@ class Outlet:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self._socket = context.socket(zmq.PUSH)
-        self._socket.sndhwm = QUEUED_MESSAGES
+        self._socket.sndhwm = Wire.QUEUED_OUTPUTS
         self._socket.linger = 0
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
@@ -78,7 +77,7 @@ class Inlet:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self._socket = context.socket(zmq.PULL)
-        self._socket.rcvhwm = QUEUED_MESSAGES
+        self._socket.rcvhwm = Wire.QUEUED_REQUESTS
         self._socket.maxmsgsize = int(Wire.MAX_MESSAGE_BYTES)
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)

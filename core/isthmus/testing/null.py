@@ -10,6 +10,7 @@ Asked for by name (``--device null``), never chosen by ``auto``.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
@@ -45,6 +46,8 @@ class NullSettings:
     max_tokens: int = 8192
     max_model_len: int = 4096
     num_blocks: int = 8192
+    load_s: float = 0.0
+    """Seconds that loading the model takes."""
 
 
 class NullBackend:
@@ -66,6 +69,7 @@ class NullBackend:
 
     def create_executor(self, options: EngineOptions) -> tuple[StepExecutor, ModelFacts]:
         asked, own = options.scheduler, self._settings
+        time.sleep(own.load_s)
         limits = Limits(
             max_rows=asked.max_num_seqs or own.max_rows,
             max_tokens=asked.max_num_batched_tokens or own.max_tokens,
