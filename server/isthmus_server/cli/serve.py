@@ -68,7 +68,7 @@ def serve(
         bool, _opt("--random-weights", panel=_MODEL, help="Do not read weights: for measuring alone.")
     ] = False,
     device: Annotated[
-        str, _opt("--device", panel=_DEVICE, help="auto, cpu, cuda, rocm, gaudi, tpu, neuron or a plugin's name.")
+        str, _opt("--device", panel=_DEVICE, help="auto, or a backend's name; `isthmus backends` lists them.")
     ] = "auto",
     backend_option: Annotated[
         list[str] | None,
