@@ -1,12 +1,14 @@
 """Weight files behind one interface: names, shapes, and reading a tensor into its place.
 
-Files are mapped, so a tensor is read from the disk as it is copied and nothing else is held in memory.
+A tensor is read from the disk as it is put in its place; no other copy of it is held in memory.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,10 +20,11 @@ from isthmus.errors import ModelError, UnsupportedModel
 from isthmus.model.dequantize import dequantize_into
 from isthmus.model.gguf_file import GgufFile, open_gguf
 from isthmus.model.layout import Part, Shape
+from isthmus.model.read_file import FileReader
 from isthmus.model.source import ModelSource, read_json
 
 INDEX: Final = "model.safetensors.index.json"
-FLOATS: Final = ("F64", "F32", "F16", "BF16")
+FLOATS: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint(Protocol):
@@ -53,61 +56,65 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     return SafetensorsCheckpoint(source.path)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    offset: int
+    shape: Shape
+    dtype: torch.dtype
+
+
 class SafetensorsCheckpoint:
     """One file, or several with an index."""
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self.shapes: dict[str, Shape] = {}
-        self._files: dict[str, Any] = {}
-        self._bytes: dict[str, int] = {}
-        self._stack = ExitStack()
         index = folder / INDEX
         listed = read_json(index).get("weight_map") if index.is_file() else None
         if index.is_file() and not isinstance(listed, dict):
             raise ModelError(f"{index} lacks 'weight_map', which names each tensor's file")
-        try:
-            for path in _shards(folder, listed):
-                self._open(path)
-        except BaseException:
-            self.close()
-            raise
+        self._stored: dict[str, _Stored] = {}
+        for path in _shards(folder, listed):
+            self._stored.update(_tensors_of(path))
         for name, file in (listed or {}).items():
-            if name not in self.shapes:
+            if name not in self._stored:
                 raise ModelError(f"{folder / file} lacks the tensor {name}, which {INDEX} says it holds")
-
-    def _open(self, path: Path) -> None:
-        try:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-        for name in file.keys():  # noqa: SIM118
-            view = file.get_slice(name)
-            if view.get_dtype() not in FLOATS:
-                raise UnsupportedModel(
-                    f"{path}: tensor {name} is {view.get_dtype()}; supported are {', '.join(FLOATS)} (unquantised)"
-                )
-            shape = tuple(view.get_shape())
-            self.shapes[name] = shape
-            self._files[name] = file
-            self._bytes[name] = int(torch.Size(shape).numel()) * _width(view.get_dtype())
+        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
+        self._reader = FileReader()
 
     def nbytes(self, name: str) -> int:
-        return self._bytes[name]
+        stored = self._stored[name]
+        return math.prod(stored.shape) * stored.dtype.itemsize
 
     def read_into(self, destination: Tensor, part: Part) -> None:
-        source = self._files[part.name].get_tensor(part.name)
-        if part.rotary_heads:
-            source, destination = _half_split(source, destination, part.rotary_heads)
-        destination.copy_(source)
+        assert not part.rotary_heads, "only GGUF has the interleaved order"
+        stored = self._stored[part.name]
+        self._reader.read_into(destination, stored.path, stored.offset, stored.dtype)
 
     def close(self) -> None:
-        self._files.clear()
-        self._stack.close()
+        self._reader.close()
 
 
-def _width(dtype: str) -> int:
-    return int(dtype.lstrip("BF")) // 8
+def _tensors_of(path: Path) -> dict[str, _Stored]:
+    """The header of one file, after the library has checked that it and the file's length agree."""
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in FLOATS:
+            raise UnsupportedModel(
+                f"{path}: tensor {name} is {entry['dtype']}; supported are {', '.join(FLOATS)} (unquantised)"
+            )
+        offset = 8 + length + int(entry["data_offsets"][0])
+        found[name] = _Stored(path, offset, tuple(entry["shape"]), FLOATS[entry["dtype"]])
+    return found
 
 
 def _shards(folder: Path, listed: Mapping[str, Any] | None) -> list[Path]:

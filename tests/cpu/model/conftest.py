@@ -21,7 +21,7 @@ from isthmus.sampling_params import RowSampling
 
 PROMPT = 40
 GENERATED = 24
-ABSOLUTE, RELATIVE = 1e-5, 1e-4
+ABSOLUTE, RELATIVE = 3e-5, 1e-4
 """How far float32 logits may be from transformers', which adds up in another order."""
 
 SMALL = {
