@@ -14,10 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
-from isthmus_triton.kernels import decode_attention, elementwise, linear, norm, plan, prefill_attention, rotate_and_store
-from isthmus_triton.launch import launch_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from isthmus_triton.kernels import (
+    adjust,
+    decode_attention,
+    elementwise,
+    linear,
+    norm,
+    plan,
+    prefill_attention,
+    prepare,
+    rotate_and_store,
+    sample,
+)
+from isthmus_triton.launch import launch_table
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -136,6 +148,51 @@ def other_cases(arch: str) -> Iterator[Case]:
     )
 
 
+def step_cases(arch: str) -> Iterator[Case]:
+    rows = "row_parameters:*i64 sample_rows:*i32 sample_tokens:*i32 positions:*i32"
+    yield Case(
+        "adjust",
+        adjust.adjust_kernel,
+        f"logits:*fp32 invalid_before:*i32 {rows} tokens:*i32 num_prompt_tokens:*i32 seen_bits:*i32 vocab:i32 "
+        "history_stride:i32 bit_words:i32",
+        {"BLOCK": 1024},
+    )
+    yield Case(
+        "slices",
+        sample.slices_kernel,
+        f"logits:*fp32 slice_best:*fp32 slice_top:*fp32 slice_ids:*i32 {rows} vocab:i32 slice_size:i32",
+        {"BLOCK": 2048},
+    )
+    yield Case(
+        "choose",
+        sample.choose_kernel,
+        f"logits:*fp32 slice_best:*fp32 slice_top:*fp32 slice_ids:*i32 invalid_before:*i32 {rows} tokens:*i32 "
+        "sampled:*i32 invalid:*i1 vocab:i32 history_stride:i32 slices:i32",
+        {"SLICES": 16, "BLOCK": 4096},
+        8 if arch == "gfx942" else 16,
+    )
+    yield Case(
+        "start rows",
+        prepare.start_rows_kernel,
+        "headers:*i32 changes:*i32 tokens:*i32 block_tables:*i32 num_prompt_tokens:*i32 num_starts:i32 "
+        "history_stride:i32 table_stride:i32 table_width:i32",
+        {"BLOCK": 1024},
+    )
+    yield Case(
+        "append blocks",
+        prepare.append_blocks_kernel,
+        "changes:*i32 block_tables:*i32 appends:i32 table_stride:i32",
+        {"BLOCK": 128},
+    )
+    yield Case(
+        "build",
+        prepare.build_kernel,
+        "span_rows:*i32 span_starts:*i32 query_starts:*i32 tokens:*i32 block_tables:*i32 token_ids:*i32 "
+        "positions:*i32 slots:*i64 num_spans:i32 num_tokens:i32 history_stride:i32 table_stride:i32",
+        {"BLOCK_SIZE": 64, "BLOCK": 512},
+    )
+
+
 def compile_case(case: Case, target: GPUTarget) -> Any:
     names = case.kernel.arg_names
     signature = dict(part.split(":") for part in case.signature.split())
@@ -167,7 +224,7 @@ def main() -> int:
     arch = sys.argv[1]
     target, most_shared = TARGETS[arch]
     failed = 0
-    for case in (*attention_cases(arch), *other_cases(arch)):
+    for case in (*attention_cases(arch), *other_cases(arch), *step_cases(arch)):
         if len(sys.argv) > 2 and sys.argv[2] not in case.name:
             continue
         begin = time.perf_counter()
@@ -175,12 +232,14 @@ def main() -> int:
             compiled = compile_case(case, target)
         except Exception as error:  # report every kernel, not the first
             failed += 1
-            print(f"FAILED {case.name}: {type(error).__name__}: {str(error)[:600]}")  # noqa: T201
+            while error.__cause__ is not None:
+                error = error.__cause__
+            print(f"FAILED {case.name}: {type(error).__name__}: {str(error)[-900:]}")
             continue
         shared, spilled = compiled.metadata.shared, spills(compiled)
         bad = shared > most_shared or spilled > 0
         failed += bad
-        print(  # noqa: T201
+        print(
             f"{'BAD   ' if bad else 'ok    '} {case.name}: {shared} B shared, {spilled} spilled, "
             f"{time.perf_counter() - begin:.1f} s"
         )

@@ -21,7 +21,9 @@ def random_plan(rng: np.random.Generator, step: int, lengths: dict[int, int]) ->
     for row in rng.permutation(LIMITS.max_rows)[: rng.integers(1, LIMITS.max_rows + 1)].tolist():
         if row not in lengths or lengths[row] > 80 or rng.random() < 0.2:
             prompt = rng.integers(0, LIMITS.vocab_size, rng.integers(1, 40)).astype(np.int32)
-            starts.append(RowStart(row=row, tokens=prompt, num_prompt_tokens=len(prompt), sampling=RowSampling(max_tokens=9)))
+            starts.append(
+                RowStart(row=row, tokens=prompt, num_prompt_tokens=len(prompt), sampling=RowSampling(max_tokens=9))
+            )
             lengths[row] = 0
         begin, length = lengths[row], int(rng.integers(1, 20))
         for place in range(-(-begin // LIMITS.block_size), -(-(begin + length) // LIMITS.block_size)):

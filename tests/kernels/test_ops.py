@@ -97,8 +97,9 @@ def test_few_rows_times_a_weight(device: torch.device, dtype: torch.dtype, rows:
 
 
 def test_table_chooses_the_product(device: torch.device) -> None:
-    vector, split = VectorLinear(out_tile=8, in_tile=64, warps=4), SplitLinear(
-        out_tile=64, in_tile=32, splits=2, stages=2, warps=4
+    vector, split = (
+        VectorLinear(out_tile=8, in_tile=64, warps=4),
+        SplitLinear(out_tile=64, in_tile=32, splits=2, stages=2, warps=4),
     )
     base = launch_table("")
     table = LaunchTable(

@@ -136,7 +136,14 @@ def test_bad_words_end_where_they_would_be_completed(device: torch.device) -> No
 
 def test_what_cannot_be_sampled_is_invalid(device: torch.device) -> None:
     """Not its neighbours, and also where a mask hides the NaN."""
-    rows: list[dict[str, Any]] = [{}, {}, {"temperature": 1.0}, {"allowed_token_ids": (1,)}, {}, {"top_k": 3, "temperature": 1.0}]
+    rows: list[dict[str, Any]] = [
+        {},
+        {},
+        {"temperature": 1.0},
+        {"allowed_token_ids": (1,)},
+        {},
+        {"top_k": 3, "temperature": 1.0},
+    ]
     logits = logits_for(len(rows))
     logits[1, 200] = float("nan")
     logits[2, :] = float("-inf")

@@ -107,7 +107,9 @@ def adjust_kernel(
         if (flags & _HAS_LISTS) != 0:
             add_biases_and_bans(x, extras, history, row_parameters, row, position, prompt, BLOCK)
         if (flags & _HAS_PENALTIES) != 0:
-            penalise(x, seen_bits + sample.to(tl.int64) * bit_words, history, row_parameters, row, position, prompt, BLOCK)
+            penalise(
+                x, seen_bits + sample.to(tl.int64) * bit_words, history, row_parameters, row, position, prompt, BLOCK
+            )
 
 
 @triton.jit

@@ -99,28 +99,42 @@ def ordered(values):
 
 
 @triton.jit
-def kth_largest(x, temperature, vocab, k, BLOCK: tl.constexpr):
-    """The ``k``-th largest of ``x / temperature``: a radix select of three sweeps, 11, 11 and 10 bits."""
+def radix_level(
+    x,
+    temperature,
+    vocab,
+    left,
+    prefix,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Among keys that begin as ``prefix`` does, the digit of the ``left``-th largest; what is left within it."""
     lane = tl.arange(0, BLOCK)
     bins = tl.arange(0, 2048)
+    counts = tl.zeros((2048,), tl.int32)
+    for begin in range(0, vocab, BLOCK):
+        token = begin + lane
+        ok = token < vocab
+        key = ordered(tl.load(x + token, mask=ok, other=float("-inf")) / temperature)
+        if not FIRST:
+            ok = ok & ((key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS)))
+        digit = ((key >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
+        counts += tl.histogram(digit, 2048, mask=ok)
+    at_least = tl.cumsum(counts, 0, reverse=True)
+    digit = tl.max(tl.where(at_least >= left, bins, 0), 0)
+    left -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)
+    return left, prefix | (digit.to(tl.uint32) << SHIFT)
+
+
+@triton.jit
+def kth_largest(x, temperature, vocab, k, BLOCK: tl.constexpr):
+    """The ``k``-th largest of ``x / temperature``: a radix select of three sweeps, 11, 11 and 10 bits."""
     prefix = tl.full((), 0, tl.uint32)
-    left = k
-    for level in tl.static_range(3):
-        shift: tl.constexpr = 21 if level == 0 else (10 if level == 1 else 0)
-        width: tl.constexpr = 11 if level < 2 else 10
-        counts = tl.zeros((2048,), tl.int32)
-        for begin in range(0, vocab, BLOCK):
-            token = begin + lane
-            ok = token < vocab
-            key = ordered(tl.load(x + token, mask=ok, other=float("-inf")) / temperature)
-            if level > 0:
-                ok = ok & ((key >> (shift + width)) == (prefix >> (shift + width)))
-            digit = ((key >> shift) & ((1 << width) - 1)).to(tl.int32)
-            counts += tl.histogram(digit, 2048, mask=ok)
-        at_least = tl.cumsum(counts, 0, reverse=True)
-        digit = tl.max(tl.where(at_least >= left, bins, 0), 0)
-        left -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)
-        prefix = prefix | (digit.to(tl.uint32) << shift)
+    left, prefix = radix_level(x, temperature, vocab, k, prefix, 21, 11, True, BLOCK)
+    left, prefix = radix_level(x, temperature, vocab, left, prefix, 10, 11, False, BLOCK)
+    left, prefix = radix_level(x, temperature, vocab, left, prefix, 0, 10, False, BLOCK)
     signed = (prefix ^ 0x80000000).to(tl.int32, bitcast=True)
     return (signed ^ ((signed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 

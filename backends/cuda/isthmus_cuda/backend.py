@@ -1,0 +1,127 @@
+"""A CUDA device, open: which part serves what."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from isthmus.contract import Capabilities, DeviceInfo, GraphScope
+from isthmus.errors import BackendError, BackendUnavailable
+from isthmus.reference import ReferenceCollectives
+from isthmus_cuda.graphs import CudaGraphs
+from isthmus_cuda.memory import CudaMemory
+from isthmus_triton.attention import TritonAttention
+from isthmus_triton.inputs import TritonInputs
+from isthmus_triton.launch import TABLES, launch_table
+from isthmus_triton.ops import TritonOps
+from isthmus_triton.sampling import TritonSampling
+
+OLDEST: Final = (8, 0)
+"""Compute capability from which bf16 and asynchronous copies are there."""
+
+CAPABILITIES: Final = Capabilities(
+    dtypes=("bfloat16", "float16", "float32"),
+    kv_dtypes=("bfloat16", "float16", "float32"),
+    block_sizes=(64, 16, 32, 128),
+    graph_scope=GraphScope.STEP,
+    max_steps_in_flight=2,
+    sliding_window=True,
+    logit_softcap=True,
+    experts=True,
+    default_max_rows=512,
+    default_max_tokens=8192,
+)
+
+
+class CudaBackend:
+    """:class:`isthmus.contract.Backend` of one CUDA device."""
+
+    def __init__(self, info: DeviceInfo) -> None:
+        self._info = info
+        device = torch.device("cuda", info.index)
+        torch.cuda.set_device(device)
+        properties = torch.cuda.get_device_properties(device)
+        self._arch = f"sm_{properties.major}{properties.minor}"
+        table = launch_table(self._arch)
+        self._memory = CudaMemory(device)
+        self._attention = TritonAttention(device, table, properties.multi_processor_count)
+        self._ops = TritonOps(device, table)
+        self._sampling = TritonSampling(device)
+        self._inputs = TritonInputs(device)
+        self._graphs = CudaGraphs(device)
+        self._collectives = ReferenceCollectives()
+
+    @property
+    def name(self) -> str:
+        return "cuda"
+
+    @property
+    def device(self) -> DeviceInfo:
+        return self._info
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES
+
+    @property
+    def attention(self) -> TritonAttention:
+        return self._attention
+
+    @property
+    def ops(self) -> TritonOps:
+        return self._ops
+
+    @property
+    def sampling(self) -> TritonSampling:
+        return self._sampling
+
+    @property
+    def inputs(self) -> TritonInputs:
+        return self._inputs
+
+    @property
+    def graphs(self) -> CudaGraphs:
+        return self._graphs
+
+    @property
+    def memory(self) -> CudaMemory:
+        return self._memory
+
+    @property
+    def collectives(self) -> ReferenceCollectives:
+        return self._collectives
+
+    def providers(self) -> dict[str, str]:
+        table = "its own table" if self._arch in TABLES else "the table of small tiles: none was measured for it"
+        return {
+            "attention": f"Triton kernels, launch parameters for {self._arch} from {table}",
+            "linear": "cuBLAS; Triton for few rows where the table says that it is faster",
+            "norm, rotary, activation, embedding": "Triton kernels",
+            "experts": "plain torch",
+            "sampling": "Triton kernels; log-probabilities by torch",
+            "inputs": "Triton kernels",
+            "graphs": "CUDA graphs of whole decode steps",
+        }
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def open_backend(device: DeviceInfo, options: dict[str, Any]) -> CudaBackend:
+    """Raises :class:`BackendError` for an unknown option, :class:`BackendUnavailable` for a device of no use."""
+    if options:
+        raise BackendError(f"the cuda backend takes no options; it was given {', '.join(sorted(options))}")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(
+            f"torch {torch.__version__} cannot use {device.name}; "
+            f"install a build of torch for this driver's CUDA version"
+        )
+    capability = torch.cuda.get_device_capability(device.index)
+    if capability < OLDEST:
+        raise BackendUnavailable(
+            f"{device.name} has compute capability {capability[0]}.{capability[1]}; "
+            f"the cuda backend needs at least {OLDEST[0]}.{OLDEST[1]}"
+        )
+    return CudaBackend(device)

@@ -1,0 +1,59 @@
+"""Capture of a step as a CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from isthmus.contract import CapturedGraph
+from isthmus.errors import Unsupported
+
+T = TypeVar("T")
+
+
+class _Replay:
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def replay(self, num_tokens: int) -> None:
+        self._graph.replay()
+
+
+class CudaGraphs:
+    """:class:`isthmus.contract.Graphs`.
+
+    All graphs share one memory pool: they never run at once, and each one's outputs are read before
+    the next replay.  Capture the largest first, so that the smaller ones fit into its memory.
+    ``torch.cuda.graph`` would synchronise, collect garbage and empty the caches for every capture;
+    here the collector is held off instead, since it might free device memory in mid-capture.
+    """
+
+    def __init__(self, device: torch.device, reason: str | None = None) -> None:
+        self._device = device
+        self._reason = reason
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+        if self._reason is not None:
+            raise Unsupported(self._reason)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = step()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        current.wait_stream(self._stream)
+        return _Replay(graph), output
