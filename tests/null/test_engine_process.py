@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+import uvloop
 import zmq
 
 from isthmus.config import BackendOptions, CacheOptions, EngineOptions, ModelOptions, SchedulerOptions
@@ -128,16 +130,21 @@ async def test_kill_9_ends_every_open_stream_at_once() -> None:
 
 
 CLIENT = """
-import asyncio, sys
+import asyncio, sys, psutil
 from isthmus.config import BackendOptions, EngineOptions, ModelOptions
 from isthmus.engine.client import AsyncEngineClient
 from isthmus.engine.messages import AddRequest, pack_tokens
 from isthmus.sampling_params import RowSampling
 
 async def main():
-    options = EngineOptions(
-        model=ModelOptions(model="toy"), backend=BackendOptions(device="null", options={"step_s": sys.argv[2]})
-    )
+    null = {"step_s": sys.argv[2], "load_s": "30" if sys.argv[1] == "loading" else "0"}
+    options = EngineOptions(model=ModelOptions(model="toy"), backend=BackendOptions(device="null", options=null))
+    if sys.argv[1] == "loading":
+        starting = asyncio.ensure_future(AsyncEngineClient.start(options, log_level="ERROR"))
+        await asyncio.sleep(1.5)
+        [child] = psutil.Process().children()
+        print(child.pid, flush=True)
+        await asyncio.sleep(60)
     client = await AsyncEngineClient.start(options, log_level="ERROR")
     if sys.argv[1] == "busy":
         stream = client.generate(
@@ -148,7 +155,7 @@ async def main():
         else:
             waiting = asyncio.ensure_future(anext(stream))
             await asyncio.sleep(0.3)
-    print(client.pid, client._wire.folder, flush=True)
+    print(client.pid, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -156,23 +163,60 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("state", "step_s"), [("idle", 0.0), ("busy", 0.001), ("busy", 30.0)], ids=["idle", "busy", "in-a-long-step"]
+    ("state", "step_s"),
+    [("idle", 0.0), ("busy", 0.001), ("busy", 30.0), ("loading", 0.0)],
+    ids=["idle", "busy", "in-a-long-step", "loading"],
 )
 async def test_kill_9_of_the_client_ends_the_engine(state: str, step_s: float) -> None:
-    client = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, state, str(step_s)], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
-    )
-    with client:
-        assert client.stdout is not None
-        pid, folder = client.stdout.readline().split()
-        engine_process = psutil.Process(int(pid))
-        assert engine_process.is_running()
-        client.kill()
-        gone = lambda: not engine_process.is_running() or engine_process.status() == psutil.STATUS_ZOMBIE  # noqa: E731
-        assert await until(gone) < 1.0
-    for file in Path(folder).iterdir():  # a killed client cannot tidy up
-        file.unlink()
-    Path(folder).rmdir()
+    with tempfile.TemporaryDirectory() as folder:  # a killed client cannot tidy up
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, state, str(step_s)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "TMPDIR": folder},
+        )
+        with client:
+            assert client.stdout is not None
+            pid = int(client.stdout.readline())
+            assert is_alive(pid)
+            client.kill()
+            assert await until(lambda: not is_alive(pid)) < 1.0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_the_end_of_the_pipe_ends_the_engine_where_the_kernel_does_not() -> None:
+    """What serves systems without a signal at the parent's death: its pipe closes, though it lives."""
+    client = await AsyncEngineClient.start(options(step_s=30.0), log_level="ERROR")
+    stream = client.generate(request(client))
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.2)
+    client._process.stdin.close()
+    with pytest.raises(EngineDead, match="with exit status 1"):
+        await asyncio.wait_for(waiting, 1.0)
+    await client.shutdown()
+
+
+def test_the_client_works_on_uvloop() -> None:
+    async def main() -> None:
+        async with engine() as client:
+            streams = await asyncio.gather(*(collect(client, request(client, max_tokens=50)) for _ in range(50)))
+            assert all(len(tokens(items)) == 50 for items in streams)
+            stream = client.generate(request(client, max_tokens=400))
+            await anext(stream)
+            os.kill(client.pid, signal.SIGKILL)
+            with pytest.raises(EngineDead, match="by signal 9"):
+                while True:
+                    await asyncio.wait_for(anext(stream), 1.0)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 async def test_death_while_loading_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ class AsyncEngineClient:
         for end in (self._process.terminate, self._process.kill):
             if not self._exited.is_set():
                 end()
-                await self._wait_exit(2.0)
+                await self._wait_exit(1.0)
         await self._exited.wait()
         self._die("the engine was shut down")
         if first:
