@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,11 +15,13 @@ from isthmus.contract import (
     Collectives,
     DeviceInfo,
     Graphs,
+    GraphScope,
     Inputs,
     Memory,
     Ops,
     Sampling,
 )
+from isthmus.errors import BackendUnavailable
 from isthmus.reference import (
     ReferenceAttention,
     ReferenceCollectives,
@@ -27,8 +30,16 @@ from isthmus.reference import (
     ReferenceMemory,
     ReferenceSampling,
 )
-from isthmus_cpu.options import CpuOptions
+from isthmus_cpu.attention import PanelAttention
+from isthmus_cpu.build import kernels_library
+from isthmus_cpu.graphs import TapeGraphs
+from isthmus_cpu.inputs import PanelInputs
+from isthmus_cpu.library import Library, Pool
+from isthmus_cpu.ops import PanelOps
+from isthmus_cpu.options import CpuOptions, KernelUse
 from isthmus_cpu.plain import OneDnnOps, onednn_packs
+from isthmus_cpu.runner import Runner
+from isthmus_cpu.sampling import PanelSampling
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +53,15 @@ PLAIN = Capabilities(
     logit_softcap=True,
     experts=True,
     unified_memory=True,
+    default_max_tokens=512,
+)
+COMPILED = replace(
+    PLAIN,
+    # A checkpoint in half precision, or quantised, is kept in bfloat16 unless float32 is asked for.
+    dtypes=("bfloat16", "float32"),
+    kv_dtypes=("bfloat16", "float32"),
+    graph_scope=GraphScope.FORWARD,
+    graph_any_size=True,
 )
 _CPU = torch.device("cpu")
 
@@ -60,6 +80,7 @@ class CpuBackend:
         sampling: Sampling,
         inputs: Inputs,
         graphs: Graphs,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
         self._capabilities = capabilities
@@ -69,6 +90,7 @@ class CpuBackend:
         self._sampling = sampling
         self._inputs = inputs
         self._graphs = graphs
+        self._on_close = on_close
         self._memory = ReferenceMemory(_CPU, asynchronous=True)
         self._collectives = ReferenceCollectives()
 
@@ -117,11 +139,21 @@ class CpuBackend:
 
     def close(self) -> None:
         self._memory.close()
+        self._on_close()
 
 
 def open_backend(device: DeviceInfo, options: CpuOptions) -> Backend:
-    """Raises :class:`isthmus.errors.BackendUnavailable` where kernels are required and cannot be had."""
-    return _open_plain(device, options, "kernels=off")
+    """Raises :class:`BackendUnavailable` where kernels are required and cannot be had."""
+    if options.kernels is KernelUse.OFF:
+        return _open_plain(device, options, "kernels=off")
+    try:
+        library = Library(kernels_library())
+    except BackendUnavailable as error:
+        if options.kernels is KernelUse.REQUIRE:
+            raise
+        logger.warning("plain torch serves, more slowly: %s", error)
+        return _open_plain(device, options, f"no compiled kernels: {error}")
+    return _open_compiled(device, options, library)
 
 
 def _open_plain(device: DeviceInfo, options: CpuOptions, reason: str) -> Backend:
@@ -147,4 +179,30 @@ def _open_plain(device: DeviceInfo, options: CpuOptions, reason: str) -> Backend
         sampling=ReferenceSampling(_CPU),
         inputs=ReferenceInputs(_CPU),
         graphs=ReferenceGraphs(),
+    )
+
+
+def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) -> Backend:
+    # torch computes next to nothing here: its own threads would only get in the way.
+    torch.set_num_threads(options.threads)
+    pool = Pool(library, options.threads)
+    runner = Runner(pool)
+    ops = PanelOps(library, runner, options.threads)
+    inputs = PanelInputs()
+    kernels = f"compiled, {library.instructions}, {options.threads} threads"
+
+    def close() -> None:
+        ops.close()
+        pool.close()
+
+    return CpuBackend(
+        device,
+        COMPILED,
+        {"ops": kernels, "attention": kernels, "sampling": f"greedy {kernels}; else reference", "graphs": "tape"},
+        ops=ops,
+        attention=PanelAttention(runner, library.value_padding),
+        sampling=PanelSampling(runner),
+        inputs=inputs,
+        graphs=TapeGraphs(pool, runner, inputs, library.panel),
+        on_close=close,
     )

@@ -30,7 +30,7 @@ class PackedLinear:
 
 def onednn_packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN has a packed product of this dtype on this processor."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

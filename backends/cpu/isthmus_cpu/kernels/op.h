@@ -10,7 +10,7 @@ enum Kind : int32_t {
 };
 
 // How many rows an operation runs over: a number of its own, or one of the step's counts.
-enum Rows : int32_t { kFixed, kTokens, kSamples };
+enum Rows : int32_t { kFixed, kTokens, kSpans, kSamples };
 
 struct Op {
   int32_t kind;
@@ -38,9 +38,9 @@ struct Worker {
   void barrier();                        // all threads arrive; take() starts again from 0
 };
 
-using Kernel = void (*)(const Op&, int64_t rows, const Counts&, Worker&);
+using Kernel = void (*)(const Op&, int64_t rows, Worker&);
 
-#define KERNEL(name) void name(const Op& op, int64_t rows, const Counts& counts, Worker& worker)
+#define KERNEL(name) void name(const Op& op, int64_t rows, Worker& worker)
 KERNEL(run_embed);
 KERNEL(run_rms_norm);
 KERNEL(run_add_rms_norm);

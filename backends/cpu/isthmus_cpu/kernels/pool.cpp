@@ -137,8 +137,8 @@ void Pool::play(int index) {
   Worker worker{this, index, count};
   for (int64_t n = 0; n < length; n++) {
     const Op& op = tape[n];
-    const int64_t rows = op.rows == kTokens ? step.tokens : op.rows == kSamples ? step.samples : op.fixed;
-    kKernels[op.kind](op, rows, step, worker);
+    const int64_t numbers[] = {op.fixed, step.tokens, step.spans, step.samples};
+    kKernels[op.kind](op, numbers[op.rows], worker);
     arrive();
   }
 }
@@ -151,5 +151,22 @@ void isthmus_pool_close(Pool* pool) { delete pool; }
 
 void isthmus_run(Pool* pool, const Op* ops, int64_t length, const Counts* counts) { pool->run(ops, length, *counts); }
 
+// So that the caller can check that it lays records out as this library does.
 int isthmus_op_bytes() { return int(sizeof(Op)); }
+
+const char* isthmus_instructions() {
+#if defined(__AVX512BF16__)
+  return "AVX512-BF16";
+#elif defined(__AVX512F__)
+  return "AVX512";
+#elif defined(__AVX2__) && defined(__FMA__)
+  return "AVX2";
+#elif defined(__AVX__)
+  return "AVX";
+#elif defined(__ARM_NEON)
+  return "NEON";
+#else
+  return "generic";
+#endif
+}
 }
