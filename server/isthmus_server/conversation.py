@@ -8,7 +8,7 @@ from typing import Any
 from isthmus.text.request import Prompt
 from isthmus_server.api_error import bad_request
 from isthmus_server.protocol import ChatRequest, Message, TokenizeRequest
-from isthmus_server.service import Service
+from isthmus_server.service import INLINE_CHARACTERS, Service
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
@@ -26,8 +26,10 @@ async def chat_prompt(service: Service, body: ChatRequest | TokenizeRequest) -> 
             template_kwargs.setdefault("reasoning_effort", body.reasoning_effort)
     add_prompt = body.add_generation_prompt
     builder = service.builder
+    # What tools and variables make a template do is not told by their size.
+    small = not tools and not template_kwargs
     return await service.off_loop(
-        _size(messages) + (len(str(tools)) if tools else 0),
+        _size(messages) if small else INLINE_CHARACTERS + 1,
         lambda: builder.chat(
             messages,
             template=service.settings.chat_template,

@@ -241,7 +241,7 @@ class ChatRequest(_Sampled):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
-    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
+    documents: NotYet = None
 
     def require_supported(self) -> None:
         super().require_supported()

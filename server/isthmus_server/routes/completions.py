@@ -65,9 +65,6 @@ async def _prompts(service: Service, body: CompletionRequest) -> Sequence[Prompt
     special = body.add_special_tokens is not False
     builder = service.builder
     given = body.prompt
-    if isinstance(given, str):
-        given = [given]
-    if isinstance(given[0], str):
-        return await service.off_loop(sum(map(len, given)), lambda: builder.prompts(given, add_special_tokens=special))
-    lists: list[list[int]] = [given] if isinstance(given[0], int) else given
-    return await service.off_loop(sum(map(len, lists)), lambda: [builder.prompt(ids) for ids in lists])
+    # One prompt is a text or a list of numbers, many are a list of such.
+    prompts: list[str | list[int]] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    return await service.off_loop(sum(map(len, prompts)), lambda: builder.prompts(prompts, add_special_tokens=special))
