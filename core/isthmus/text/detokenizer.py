@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from isthmus.text.tokenizer import Tokenizer
 
+
 class Detokenizer:
     """One sequence's text.  The pieces joined are ``Tokenizer.decode`` of all its ids, for any ids.
 

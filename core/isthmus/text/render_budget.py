@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import jinja2
 
-CONTAINERS: Final = (list, tuple, dict, set, frozenset)
+CONTAINERS: Final[tuple[type, ...]] = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +89,7 @@ class RenderBudget:
             return 1
         known = self._weights.get(id(value))
         if known is None:
-            items = [*value, *value.values()] if isinstance(value, Mapping) else value
+            items = [*value, *value.values()] if isinstance(value, dict) else value
             # The value is kept, so that its id stays its own.
             known = (len(value) + 1 + sum(map(self._weigh, items)), value)
             self._weights[id(value)] = known

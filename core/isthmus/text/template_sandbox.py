@@ -26,6 +26,7 @@ from jinja2.filters import do_indent, do_round, do_trim, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from isthmus.text.render_budget import CONTAINERS, RenderBudget, RenderLimits
@@ -168,6 +169,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._running = threading.local()
         self.concat = self._join  # type: ignore[method-assign]
         del self.globals["lipsum"]
+        self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         bounded: dict[str, Callable[..., Any]] = {
@@ -241,6 +243,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # The parent's parameters have two underscores, so that no keyword argument of a template meets them.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
+        if owner is __self:  # what the compiler put there
+            return __obj(*args)
         if isinstance(owner, str):
             return __self._call_method(owner, __context, __obj, args, kwargs)
         return __self.pay(super().call(__context, __obj, *args, **kwargs))
@@ -316,6 +320,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         text = str(value)
         self._expect_product(text, chars)
         return do_trim(text, chars)
+
+
+class _Namespace(Namespace):
+    """Jinja's, written out without what it holds, which may be itself."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
 
 
 def _replaced_size(text: str, old: Any, new: Any) -> int:
