@@ -25,6 +25,8 @@ ACTIVATIONS: Final = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
 }
+MAX_INTEGER: Final = 2**31 - 1
+MAX_LAYERS: Final = 4096
 DTYPES: Final = ("float32", "float16", "bfloat16")
 
 
@@ -43,16 +45,17 @@ class Fields:
             return ModelError(f"{self.where} lacks {name!r}, which must be {wanted}; is the file complete?")
         return ModelError(f"{self.where}: {name!r} is {self.values[name]!r}; it must be {wanted}")
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_INTEGER) -> int:
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(name, f"an integer of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(name, f"an integer from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A number of at least 0."""
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.error(name, "a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise self.error(name, "a number of at least 0")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -80,9 +83,9 @@ def _layer_types(config: Fields, num_layers: int) -> list[bool] | None:
         return None
     if not isinstance(types, list) or len(types) != num_layers:
         raise config.error("layer_types", f"a list of {num_layers} entries, one a layer")
-    unknown = set(types) - {"full_attention", "sliding_attention"}
+    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
     if unknown:
-        raise UnsupportedModel(f"{config.where}: layer type {sorted(map(str, unknown))[0]!r} is not supported")
+        raise UnsupportedModel(f"{config.where}: layer type {unknown[0]!r} is not supported")
     return [t == "sliding_attention" for t in types]
 
 
@@ -239,8 +242,9 @@ def find_architecture(config: Mapping[str, Any], where: str) -> tuple[str, Archi
     name = listed[0]
     if name not in ARCHITECTURES:
         raise unsupported(name, where, list(ARCHITECTURES))
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise UnsupportedModel(
             f"{where}: the checkpoint is quantised ({method}), which is not supported; use the unquantised model"
         )
@@ -269,7 +273,7 @@ class _Reader:
         self.config = config
         self.generation = generation
         self.hidden = config.integer("hidden_size")
-        self.num_layers = config.integer("num_hidden_layers")
+        self.num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
         self.heads = config.integer("num_attention_heads")
         self.head_dim = config.integer("head_dim", self.hidden // self.heads)
 
@@ -316,6 +320,8 @@ class _Reader:
         if self.heads % kv_heads:
             raise config.error("num_key_value_heads", f"a divisor of 'num_attention_heads' ({self.heads})")
         scaled_by = config.number("query_pre_attn_scalar") if self.architecture.query_scale else self.head_dim
+        if not scaled_by:
+            raise config.error("query_pre_attn_scalar", "more than 0")
         return AttentionSpec(
             heads=self.heads,
             kv_heads=kv_heads,
@@ -346,7 +352,7 @@ class _Reader:
 
     def _activation(self) -> str:
         field_name = "hidden_activation" if "hidden_activation" in self.config.values else "hidden_act"
-        value = self.config.values.get(field_name, "silu")
+        value = str(self.config.values.get(field_name, "silu"))
         if value not in ACTIVATIONS:
             raise UnsupportedModel(
                 f"{self.config.where}: the activation {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"

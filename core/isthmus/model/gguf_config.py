@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from isthmus.contract.parts import AttentionSpec
 from isthmus.errors import ModelError, UnsupportedModel
 from isthmus.model import names
-from isthmus.model.config import Fields, unsupported
+from isthmus.model.config import MAX_LAYERS, Fields, unsupported
 from isthmus.model.gguf_file import GgufFile
 from isthmus.model.names import WeightNames
 from isthmus.model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
@@ -102,7 +104,7 @@ class _Reader:
         own = {k.removeprefix(f"{name}."): v for k, v in file.metadata.items() if k.startswith(f"{name}.")}
         self.fields = Fields(own, f"{file.path} ({name}.*)")
         self.hidden = self.fields.integer("embedding_length")
-        self.num_layers = self.fields.integer("block_count")
+        self.num_layers = self.fields.integer("block_count", most=MAX_LAYERS)
         self.heads = self._same("attention.head_count")
         self.head_dim = self.fields.integer("attention.key_length", self.hidden // self.heads)
 
@@ -133,16 +135,16 @@ class _Reader:
             final_softcap=fields.number("final_logit_softcapping", 0.0),
             dtype=self._dtype(),
             eos_token_ids=self._eos_token_ids(),
-            bos_token_id=self.file.metadata.get("tokenizer.ggml.bos_token_id"),
+            bos_token_id=self._token_id("bos"),
             **architecture.traits,
         )
 
     def _same(self, key: str) -> int:
         """A count that some files give for each layer; here all must agree."""
         value = self.fields.get(key)
-        if value is not None and hasattr(value, "tolist"):
+        if isinstance(value, np.ndarray):
             values = set(value.tolist())
-            if len(values) != 1:
+            if len(values) != 1 or not isinstance(next(iter(values)), int):
                 raise UnsupportedModel(f"{self.fields.where}: {key!r} differs between layers, which is not supported")
             return int(values.pop())
         return self.fields.integer(key)
@@ -221,7 +223,9 @@ class _Reader:
             if "rope.scaling.attn_factor" in fields.values:
                 parameters["attention_factor"] = fields.number("rope.scaling.attn_factor")
             return {"kind": "longrope", "parameters": parameters}
-        kind = fields.get("rope.scaling.type") or ("linear" if "rope.scale_linear" in fields.values else "none")
+        kind = str(fields.get("rope.scaling.type") or "") or (
+            "linear" if "rope.scale_linear" in fields.values else "none"
+        )
         if kind == "none":
             return {}
         if kind not in ("linear", "yarn"):
@@ -236,10 +240,16 @@ class _Reader:
             return "float32"
         return "float16" if matrices <= {"F16", "F32"} else "bfloat16"
 
+    def _token_id(self, kind: str) -> int | None:
+        value = self.file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ModelError(f"{self.file.path}: tokenizer.ggml.{kind}_token_id is {value!r}; it must be an integer")
+        return value
+
     def _eos_token_ids(self) -> tuple[int, ...]:
         metadata = self.file.metadata
-        found = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-        tokens, types = metadata.get("tokenizer.ggml.tokens", []), metadata.get("tokenizer.ggml.token_type", ())
-        if len(types) == len(tokens):
+        found = [self._token_id(kind) for kind in ("eos", "eot", "eom")]
+        tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+        if isinstance(tokens, list) and isinstance(types, np.ndarray) and len(types) == len(tokens):
             found += [i for i, text in enumerate(tokens) if text in END_OF_TURN and types[i] == CONTROL]
         return tuple(dict.fromkeys(i for i in found if i is not None))

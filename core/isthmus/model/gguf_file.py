@@ -26,6 +26,8 @@ SCALARS: Final[Mapping[int, str]] = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 MAX_DIMENSIONS: Final = 4
+MAX_ALIGNMENT: Final = 2**20
+MAX_NESTING: Final = 4
 
 BLOCKS: Final[Mapping[int, tuple[str, int, int]]] = {
     0: ("F32", 1, 4),
@@ -126,7 +128,9 @@ class _Cursor:
             key = self._string()
             metadata[key] = self._value(self._number("<I"))
         found = [self._tensor() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT:
+            raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         tensors = {name: self._place(name, shape, kind, start + offset) for name, shape, kind, offset in found}
         return GgufFile(self.path, metadata, tensors, self.data)
@@ -148,7 +152,7 @@ class _Cursor:
         if kind == STRING:
             return self._string()
         if kind == ARRAY:
-            return self._array()
+            return self._array(MAX_NESTING)
         return self._scalars(kind, 1)[0].item()
 
     def _scalars(self, kind: int, count: int) -> NDArray[Any]:
@@ -159,12 +163,14 @@ class _Cursor:
         self.at += values.nbytes
         return values
 
-    def _array(self) -> Any:
+    def _array(self, depth: int) -> Any:
+        if not depth:
+            raise ValueError(f"arrays are nested more than {MAX_NESTING} deep")
         kind, count = self._number("<I"), self._number("<Q")
         if kind == STRING:
             return self._strings(count)
         if kind == ARRAY:
-            return [self._array() for _ in range(count)]
+            return [self._array(depth - 1) for _ in range(count)]
         return self._scalars(kind, count)
 
     def _strings(self, count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -18,6 +19,15 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Kinds of scaling, and the numbers each cannot do without."""
 ALIASES: Final = {"su": "longrope"}
+LEAST: Final[Mapping[str, float]] = {
+    "rope_theta": 1.001,
+    "factor": 0.001,
+    "short_factor": 0.001,
+    "long_factor": 0.001,
+    "original_max_position_embeddings": 2,
+    "max_position_embeddings": 1,
+}
+"""Below these the formulas divide by zero."""
 NOT_NUMBERS: Final = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -98,6 +108,8 @@ def _parameters(
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    if not isinstance(value, (int, float)):
-        raise ModelError(f"{where}: rotary setting {name!r} is {value!r}; it must be a number")
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ModelError(f"{where}: rotary setting {name!r} is {value!r}; it must be a number of at least 0")
+    if value < LEAST.get(name, 0):
+        raise ModelError(f"{where}: rotary setting {name!r} is {value!r}; it must be at least {LEAST[name]}")
     return float(value)

@@ -37,6 +37,8 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
     :class:`ModelError` in one line that says what to do, and :class:`isthmus.errors.UnsupportedModel` before
     weights of an unknown architecture are fetched.
     """
+    if not model:
+        raise ModelError("no model was given; give a model folder, a .gguf file or a hub name (owner/model)")
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -44,7 +46,7 @@ def resolve_model(model: str, revision: str | None = None, *, weights: bool = Tr
         return ModelSource(name=model, path=path, kind="gguf")
     if path.is_dir():
         return _in_folder(model, path)
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1 or not model:
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or model.count("/") > 1:
         raise ModelError(f"no file or folder {model!r}; give a model folder, a .gguf file or a hub name (owner/model)")
     source = ModelSource(name=model, path=_fetch(model, revision, SMALL_FILES), kind="safetensors")
     if not (source.path / "config.json").is_file():
@@ -92,6 +94,7 @@ def _in_folder(model: str, path: Path) -> ModelSource:
 
 def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
     """A snapshot's folder in the hub's cache; its own progress bars show what is fetched."""
+    import httpx
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -113,7 +116,7 @@ def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
             f"no folder {model!r}, and the hub cannot be reached, nor is it in the hub's cache; "
             "check the network (and HF_HUB_OFFLINE), or give the path of a folder or .gguf file"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
         detail = str(error).strip().splitlines()
         raise ModelError(
             f"fetching {model!r} from the hub failed: {detail[0] if detail else type(error).__name__}"
