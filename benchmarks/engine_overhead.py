@@ -13,9 +13,11 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import psutil
+import uvloop
 
 from isthmus.config import BackendOptions, EngineOptions, ModelOptions
 from isthmus.engine.client import AsyncEngineClient
@@ -50,8 +52,22 @@ def make_requests(workload: Workload, first_id: int) -> list[AddRequest]:
     ]
 
 
-async def through_process(workload: Workload, runs: int) -> list[float]:
-    """Seconds that each run took, by the wall clock, after one run to warm up."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Seconds that one run took: by the wall clock, and of each process's own time."""
+
+    wall_s: float
+    client_cpu_s: float = 0.0
+    engine_cpu_s: float = 0.0
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def through_process(workload: Workload, runs: int) -> list[Run]:
+    """After one run to warm up."""
 
     async def one(client: AsyncEngineClient, request: AddRequest) -> int:
         tokens = 0
@@ -59,38 +75,50 @@ async def through_process(workload: Workload, runs: int) -> list[float]:
             tokens += len(output.tokens)
         return tokens
 
-    seconds: list[float] = []
+    measured: list[Run] = []
     async with await AsyncEngineClient.start(engine_options(workload), log_level="WARNING") as client:
+        own, engine = psutil.Process(), psutil.Process(client.pid)
         for run in range(runs + 1):
             requests = make_requests(workload, run * workload.requests)
-            begun = time.perf_counter()
+            begun, client_cpu_s, engine_cpu_s = time.perf_counter(), cpu_s(own), cpu_s(engine)
             counts = await asyncio.gather(*(one(client, request) for request in requests))
-            seconds.append(time.perf_counter() - begun)
+            wall_s = time.perf_counter() - begun
+            measured.append(
+                Run(wall_s=wall_s, client_cpu_s=cpu_s(own) - client_cpu_s, engine_cpu_s=cpu_s(engine) - engine_cpu_s)
+            )
             assert counts == [workload.output_tokens] * workload.requests
-    return seconds[1:]
+    return measured[1:]
 
 
-def in_process(workload: Workload, runs: int) -> list[float]:
+def in_process(workload: Workload, runs: int) -> list[Run]:
     engine = LocalEngine.start(engine_options(workload))
-    seconds: list[float] = []
+    measured: list[Run] = []
     for run in range(runs + 1):
         requests = make_requests(workload, run * workload.requests)
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         tokens = sum(len(output.tokens) for output in engine.generate(requests))
-        seconds.append(time.perf_counter() - begun)
+        measured.append(Run(wall_s=time.perf_counter() - begun, engine_cpu_s=time.process_time() - cpu))
         assert tokens == workload.requests * workload.output_tokens
     engine.close()
-    return seconds[1:]
+    return measured[1:]
 
 
-def figures(workload: Workload, seconds: list[float]) -> dict[str, float]:
-    # Decode steps; the few steps of the prompts are in the time and not in the count.
-    median = statistics.median(seconds)
+def figures(workload: Workload, measured: list[Run], shorter: list[Run]) -> dict[str, float]:
+    """``shorter`` is the same with half the output tokens: the difference is what a further step costs,
+    without the requests' coming and going and the steps of their prompts."""
+    steps = workload.output_tokens
+    wall_s, client_s, engine_s = (
+        statistics.median(getattr(run, name) for run in measured) for name in ("wall_s", "client_cpu_s", "engine_cpu_s")
+    )
+    further_s = wall_s - statistics.median(run.wall_s for run in shorter)
     return {
-        "seconds": round(median, 4),
-        "steps_per_s": round(workload.output_tokens / median, 1),
-        "us_per_step": round(median / workload.output_tokens * 1e6, 1),
-        "tokens_per_s": round(workload.requests * workload.output_tokens / median),
+        "seconds": round(wall_s, 4),
+        "steps_per_s": round(steps / wall_s, 1),
+        "us_per_step": round(wall_s / steps * 1e6, 1),
+        "us_per_further_step": round(further_s / (steps - steps // 2) * 1e6, 1),
+        "client_cpu_us_per_step": round(client_s / steps * 1e6, 1),
+        "engine_cpu_us_per_step": round(engine_s / steps * 1e6, 1),
+        "tokens_per_s": round(workload.requests * steps / wall_s),
     }
 
 
@@ -103,20 +131,19 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     runs, plain = arguments.pop("runs"), arguments.pop("asyncio")
     workload = Workload(**arguments)
-    if plain:
-        seconds = asyncio.run(through_process(workload, runs))
-    else:
-        import uvloop
-
-        seconds = uvloop.run(through_process(workload, runs))
+    shorter = replace(workload, output_tokens=workload.output_tokens // 2)
+    start_loop = asyncio.new_event_loop if plain else uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=start_loop) as runner:
+        through = [runner.run(through_process(each, runs)) for each in (workload, shorter)]
+    local = [in_process(each, runs) for each in (workload, shorter)]
     report = {
         "benchmark": "engine_overhead",
         "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "python": platform.python_version()},
         "loop": "asyncio" if plain else "uvloop",
         "runs": runs,
         "workload": asdict(workload),
-        "through_process": figures(workload, seconds),
-        "in_process": figures(workload, in_process(workload, runs)),
+        "through_process": figures(workload, *through),
+        "in_process": figures(workload, *local),
     }
     print(json.dumps(report, indent=1))
 

@@ -54,34 +54,37 @@ MAX_SOCKET_PATH: Final = 100
 class _Stream:
     """What arrived for one request and was not taken yet.  Bounded by the request's own length."""
 
-    __slots__ = ("_items", "_waiter", "failure")
+    __slots__ = ("_items", "_loop", "_waiter", "failure")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._items: deque[TokensOut] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.failure: Exception | None = None
 
     def put(self, item: TokensOut) -> None:
+        # One of these a token: the hot path of the whole client.
         self._items.append(item)
-        self._wake()
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     def fail(self, failure: Exception) -> None:
         """End the stream at once: what was not taken yet is dropped."""
         self._items.clear()
         self.failure = failure
-        self._wake()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def get(self) -> TokensOut:
         while not self._items:
             if self.failure is not None:
                 raise self.failure
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
         return self._items.popleft()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class _Wire:
@@ -243,7 +246,7 @@ class AsyncEngineClient:
             raise InvalidRequest(f"request id {request_id} is in use; take one from next_request_id()")
         if len(self._streams) >= self._max_streams or not self._wire.send(request):
             raise QueueFull(f"{len(self._streams)} requests run or wait, as many as may; try again later")
-        stream = self._streams[request_id] = _Stream()
+        stream = self._streams[request_id] = _Stream(self._loop)
         open_there = True
         try:
             while open_there:
