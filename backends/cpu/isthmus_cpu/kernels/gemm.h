@@ -6,7 +6,7 @@
 #include "tile.h"
 
 constexpr int64_t kBlockRows = kDotBf16 ? 96 : 72;  // rows that pass over a panel at once: x stays in the L2 cache
-constexpr int64_t kChunkDepth = kLanes == 8 ? 256 : 384;  // depth of a widened chunk: half of the L1 cache
+constexpr int64_t kChunkDepth = 512;  // depth that tiles pass over at once
 
 enum class Epilogue : int64_t { kNone, kSilu, kGeluTanh, kAdd };
 
@@ -33,11 +33,10 @@ class Block {
   Block(Worker& worker, int64_t depth) {
     const int64_t even = (depth + 1) / 2 * 2;
     char* memory = static_cast<char*>(
-        worker.scratch(sizeof(float) * (kBlockRows * even + 2 * kBlockRows * kPanel + kChunkDepth * kPanel)));
+        worker.scratch(sizeof(float) * (kBlockRows * even + 2 * kBlockRows * kPanel)));
     result_ = reinterpret_cast<float*>(memory);
     gate_ = result_ + kBlockRows * kPanel;
-    chunk_ = gate_ + kBlockRows * kPanel;
-    copy_ = chunk_ + kChunkDepth * kPanel;
+    copy_ = gate_ + kBlockRows * kPanel;
   }
 
   // Take `rows` consecutive rows of x, or those that `index` names.
@@ -132,20 +131,9 @@ class Block {
 #if defined(__AVX512BF16__)
     tiles<2>(rows_, reinterpret_cast<const uint32_t*>(copy_), stride_, b, kPanel, gemm.pairs(), c, kPanel, false);
 #else
-    if (rows_ <= kMaxRows) {
-      tiles<2>(rows_, x_, stride_, b, kPanel, 2 * gemm.pairs(), c, kPanel, false);
-      return;
-    }
     for (int64_t k = 0; k < 2 * gemm.pairs(); k += kChunkDepth) {
       const int64_t deep = std::min(kChunkDepth, 2 * gemm.pairs() - k);
-      for (int64_t pair = 0; pair < deep / 2; pair++) {
-        for (int v = 0; v < kPanel; v += kLanes) {
-          const vu both = load(b + (k / 2 + pair) * kPanel + v);
-          store(chunk_ + 2 * pair * kPanel + v, even_half(both));
-          store(chunk_ + (2 * pair + 1) * kPanel + v, odd_half(both));
-        }
-      }
-      tiles<2>(rows_, x_ + k, stride_, static_cast<const float*>(chunk_), kPanel, deep, c, kPanel, false);
+      tiles<2>(rows_, x_ + k, stride_, b + k / 2 * kPanel, kPanel, deep, c, kPanel, false);
     }
 #endif
   }
@@ -162,7 +150,7 @@ class Block {
     }
   }
 
-  float *result_, *gate_, *chunk_, *copy_;
+  float *result_, *gate_, *copy_;
   const float *x_ = nullptr;
   float* y_ = nullptr;
   int64_t rows_ = 0, stride_ = 0, y_stride_ = 0;

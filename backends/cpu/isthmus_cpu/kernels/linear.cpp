@@ -2,8 +2,8 @@
 //
 // A panel holds kPanel output columns over all of the depth.  Weights in bfloat16 are stored as pairs
 // along the depth, so that a lane's two halves widen to float with one shift and one mask, or feed
-// vdpbf16ps as they are.  For few rows a panel is streamed once from memory; for many, its widened
-// chunk stays in the first-level cache while all rows of a block pass over it.
+// vdpbf16ps as they are.  A panel is streamed once from memory and stays in the first-level cache while
+// all rows of a block pass over it.
 #include "gemm.h"
 #include "op.h"
 

@@ -2,67 +2,142 @@
 #pragma once
 #include "simd.h"
 
-// B holds float rows, `ldb` floats apart.
+// Independent sums per accumulator: a fused multiply-add takes about four cycles and two start in each,
+// so that fewer than eight chains would wait for themselves.
 template <int R, int V>
-static ALWAYS void accumulate(vf (&acc)[R][V], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
-  for (int64_t k = 0; k < depth; k++, b += ldb) {
-    vf column[V];
+constexpr int kSets = R * V >= 8 ? 1 : R * V >= 4 ? 2 : 4;
+
+// Keeps a loaded vector in its register: folded into each multiply-add it would be loaded once a row.
+template <class T>
+static ALWAYS void pin(T& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
+// acc += a[.][k] * column, one row of B.
+template <int R, int V>
+static ALWAYS void step(vf (&acc)[R][V], const float* a, int64_t lda, vf (&column)[V]) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) column[v] = load(b + v * kLanes);
+  for (int v = 0; v < V; v++) pin(column[v]);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const vf x = splat(a[r * lda + k]);
+  for (int r = 0; r < R; r++) {
+    const vf x = splat(a[r * lda]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[r][v] += x * column[v];
-    }
+    for (int v = 0; v < V; v++) acc[r][v] += x * column[v];
   }
 }
 
-// B holds bfloat16 pairs: lane j of row k/2 is (B[k][j], B[k + 1][j]).  `depth` is rounded up to even.
+// B as float rows, `ldb` floats apart.
+template <int R, int V>
+static ALWAYS void load_step(vf (&acc)[R][V], const float* a, int64_t lda, const float* b) {
+  vf column[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; v++) column[v] = load(b + v * kLanes);
+  step<R, V>(acc, a, lda, column);
+}
+
+// B as bfloat16 pairs: lane j of row k / 2 is (B[k][j], B[k + 1][j]).
+template <int R, int V>
+static ALWAYS void load_step(vf (&even)[R][V], vf (&odd)[R][V], const float* a, int64_t lda, const uint32_t* b) {
+  vu pair[V];
+  vf column[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; v++) {
+    pair[v] = load(b + v * kLanes);
+    column[v] = even_half(pair[v]);
+  }
+  step<R, V>(even, a, lda, column);
+#pragma GCC unroll 2
+  for (int v = 0; v < V; v++) column[v] = odd_half(pair[v]);
+  step<R, V>(odd, a + 1, lda, column);
+}
+
+template <int R, int V>
+static ALWAYS void merge(vf (&acc)[R][V], const vf (&more)[R][V]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) acc[r][v] += more[r][v];
+  }
+}
+
+template <int R, int V>
+static ALWAYS void accumulate(vf (&acc)[R][V], const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+  int64_t k = 0;
+  if constexpr (kSets<R, V> > 1) {
+    vf more[R][V] = {};
+    for (; k + 2 <= depth; k += 2, b += 2 * ldb) {
+      load_step<R, V>(acc, a + k, lda, b);
+      load_step<R, V>(more, a + k + 1, lda, b + ldb);
+    }
+    merge<R, V>(acc, more);
+  }
+  for (; k < depth; k++, b += ldb) load_step<R, V>(acc, a + k, lda, b);
+}
+
+// `depth` is rounded up to even.
 template <int R, int V>
 static ALWAYS void accumulate(vf (&acc)[R][V], const float* a, int64_t lda, const uint32_t* b, int64_t ldb,
                               int64_t depth) {
-  for (int64_t k = 0; k < depth; k += 2, b += ldb) {
-    vu pair[V];
-    vf column[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      pair[v] = load(b + v * kLanes);
-      column[v] = even_half(pair[v]);
+  int64_t k = 0;
+  if constexpr (kSets<R, V> == 1) {
+    for (; k < depth; k += 2, b += ldb) load_step<R, V>(acc, acc, a + k, lda, b);
+  } else {
+    vf odd[R][V] = {};
+    if constexpr (kSets<R, V> == 4) {
+      vf third[R][V] = {}, fourth[R][V] = {};
+      for (; k + 4 <= depth; k += 4, b += 2 * ldb) {
+        load_step<R, V>(acc, odd, a + k, lda, b);
+        load_step<R, V>(third, fourth, a + k + 2, lda, b + ldb);
+      }
+      merge<R, V>(acc, third);
+      merge<R, V>(odd, fourth);
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const vf x = splat(a[r * lda + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[r][v] += x * column[v];
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) column[v] = odd_half(pair[v]);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const vf x = splat(a[r * lda + k + 1]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[r][v] += x * column[v];
-    }
+    for (; k < depth; k += 2, b += ldb) load_step<R, V>(acc, odd, a + k, lda, b);
+    merge<R, V>(acc, odd);
   }
 }
 
 #if defined(__AVX512BF16__)
+template <int R, int V>
+static ALWAYS void load_step(vf (&acc)[R][V], const uint32_t* a, int64_t lda, const uint32_t* b) {
+  vu column[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; v++) {
+    column[v] = load(b + v * kLanes);
+    pin(column[v]);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[r * lda]));
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], x, (__m512bh)column[v]);
+  }
+}
+
 // Both hold bfloat16 pairs along the depth, which is counted in pairs.
 template <int R, int V>
 static ALWAYS void accumulate(vf (&acc)[R][V], const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb,
                               int64_t pairs) {
-  for (int64_t k = 0; k < pairs; k++, b += ldb) {
-    __m512bh column[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) column[v] = (__m512bh)load(b + v * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[r * lda + k]));
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], x, column[v]);
+  int64_t k = 0;
+  if constexpr (kSets<R, V> > 1) {
+    vf second[R][V] = {}, third[R][V] = {}, fourth[R][V] = {};
+    for (; k + 4 <= pairs; k += 4, b += 4 * ldb) {
+      load_step<R, V>(acc, a + k, lda, b);
+      load_step<R, V>(second, a + k + 1, lda, b + ldb);
+      load_step<R, V>(third, a + k + 2, lda, b + 2 * ldb);
+      load_step<R, V>(fourth, a + k + 3, lda, b + 3 * ldb);
     }
+    merge<R, V>(third, fourth);
+    merge<R, V>(acc, second);
+    merge<R, V>(acc, third);
   }
+  for (; k < pairs; k++, b += ldb) load_step<R, V>(acc, a + k, lda, b);
 }
 #endif
 
