@@ -210,8 +210,14 @@ def test_qwen2_windows_are_off_unless_asked_for() -> None:
     spec = spec_of(QWEN25_7B)
     assert spec.qkv_bias and not spec.output_bias
     assert {layer.attention.window for layer in spec.layers} == {0}
-    asked = spec_of(QWEN25_7B, use_sliding_window=True, max_window_layers=21)
-    assert [layer.attention.window for layer in asked.layers] == [0] * 21 + [131072] * 7
+    asked = spec_of(QWEN25_7B, use_sliding_window=True, max_window_layers=21, sliding_window=4096)
+    assert [layer.attention.window for layer in asked.layers] == [0] * 21 + [4096] * 7
+
+
+def test_a_window_that_no_sequence_outgrows_is_none() -> None:
+    assert {layer.attention.window for layer in spec_of(PHI_35_MINI).layers} == {0}
+    gemma = spec_of(GEMMA3_4B, text_config={**GEMMA3_4B["text_config"], "max_position_embeddings": 1024})
+    assert {(layer.attention.window, layer.rope) for layer in gemma.layers} == {(0, 0), (0, 1)}, "rotation stays"
 
 
 def test_qwen3_experts() -> None:

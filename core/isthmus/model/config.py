@@ -308,7 +308,9 @@ class _Reader:
 
     def _layers(self, windows: Sequence[int], windowed_rope: int) -> tuple[LayerSpec, ...]:
         experts = self._experts()
-        attention = {window: self._attention(window) for window in set(windows)}
+        longest = self.config.integer("max_position_embeddings")
+        # A window that no sequence outgrows is none: it must not ask a backend for one.
+        attention = {window: self._attention(window if window < longest else 0) for window in set(windows)}
         return tuple(
             LayerSpec(attention=attention[window], rope=windowed_rope if window else 0, experts=experts[i])
             for i, window in enumerate(windows)

@@ -13,8 +13,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-CHUNK_BLOCKS_BYTES: Final = 2**18
+HOST_CHUNK_BYTES: Final = 2**18
 """Bytes of blocks dequantised at a time, so that what is in between stays in a core's cache."""
+DEVICE_CHUNK_BYTES: Final = 2**22
+"""The same on a device, where launches would cost more than the work."""
 
 
 def dequantize_into(destination: Tensor, raw: Tensor, type_name: str, type_number: int, block_bytes: int) -> None:
@@ -27,7 +29,8 @@ def dequantize_into(destination: Tensor, raw: Tensor, type_name: str, type_numbe
         destination.copy_(raw.view(convert))
         return
     function = BLOCKS.get(type_name) or _by_package(type_number)
-    rows_a_chunk = max(1, CHUNK_BLOCKS_BYTES // raw.shape[1])
+    chunk_bytes = HOST_CHUNK_BYTES if raw.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    rows_a_chunk = max(1, chunk_bytes // raw.shape[1])
     for start in range(0, raw.shape[0], rows_a_chunk):
         rows = raw[start : start + rows_a_chunk]
         values = function(rows.reshape(-1, block_bytes))

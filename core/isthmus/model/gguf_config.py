@@ -169,7 +169,7 @@ class _Reader:
                 kv_heads=kv_heads,
                 head_dim=self.head_dim,
                 scale=architecture.query_scale(self.hidden, self.heads, self.head_dim, self.num_layers),
-                window=window if windowed else 0,
+                window=window if windowed and window < fields.integer("context_length") else 0,
                 softcap=fields.number("attn_logit_softcapping", 0.0),
             )
             rope = 1 if windowed and architecture.local_theta else 0
