@@ -101,6 +101,10 @@ def _pick(table: tuple[tuple[int, T], ...], row_bytes: int) -> T:
     return next((launch for most, launch in table if row_bytes <= most), table[-1][1])
 
 
+def _split(out_tile: int, in_tile: int, splits: int, *, stages: int) -> SplitLinear:
+    return SplitLinear(out_tile=out_tile, in_tile=in_tile, splits=splits, stages=stages, warps=4)
+
+
 FALLBACK: Final = LaunchTable(
     decode=(
         (256, DecodeLaunch(key_tile=32, stages=2, warps=4, programs_per_unit=2)),
@@ -127,16 +131,25 @@ TABLES: Final[dict[str, LaunchTable]] = {
             (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
         ),
     ),
+    # benchmarks/gpu_kernels.py on an H100 80GB HBM3, benchmarks/results/h100_kernels.json.
     "sm_90": LaunchTable(
         decode=(
-            (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=3)),
-            (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2)),
-            (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2)),
+            (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=2, least_tiles=2)),
+            (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2, least_tiles=2)),
+            (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2, least_tiles=2)),
         ),
         prefill=(
-            (256, PrefillLaunch(query_tile=128, key_tile=64, stages=3, warps=8)),
+            (256, PrefillLaunch(query_tile=128, key_tile=64, stages=2, warps=4)),
             (512, PrefillLaunch(query_tile=64, key_tile=32, stages=2, warps=4)),
             (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
+        ),
+        linear=(
+            LinearRule(most_rows=1, launch=VectorLinear(out_tile=4, in_tile=2048, warps=4)),
+            LinearRule(most_rows=16, least_out=16384, launch=_split(64, 128, 1, stages=4)),
+            LinearRule(most_rows=64, least_out=16384, launch=_split(128, 128, 1, stages=3)),
+            LinearRule(most_rows=32, least_in=8192, launch=_split(64, 256, 2, stages=3)),
+            LinearRule(most_rows=64, least_in=8192, launch=_split(64, 128, 2, stages=4)),
+            LinearRule(most_rows=16, most_out=4096, launch=_split(64, 256, 2, stages=3)),
         ),
     ),
     "gfx942": FALLBACK,

@@ -54,6 +54,48 @@ def softcapped(scores, softcap):
 
 
 @triton.jit
+def merge_row(
+    partial_out,
+    partial_max,
+    partial_sum,
+    out,
+    first_program,
+    parts,
+    starts_within,
+    row,
+    out_row,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One query row's partial results, many at a time so that their loads overlap."""
+    MANY: tl.constexpr = 32
+    dim = tl.arange(0, DIM)
+    acc = tl.zeros((DIM,), tl.float32)
+    top = tl.full((), LOWEST, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for first in range(0, parts, MANY):
+        index = first + tl.arange(0, MANY)
+        ok = index < parts
+        slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
+        part = slot.to(tl.int64) * ROWS + row
+        tops = tl.load(partial_max + part, mask=ok, other=LOWEST, cache_modifier=".cg")
+        totals = tl.load(partial_sum + part, mask=ok, other=0.0, cache_modifier=".cg")
+        outs = tl.load(
+            partial_out + part[:, None] * DIM + dim[None, :], mask=ok[:, None], other=0.0, cache_modifier=".cg"
+        )
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        weight = tl.where(ok, tl.exp2(tops - new_top), 0.0)
+        mine = tl.exp2(top - new_top)
+        acc = acc * mine + tl.sum(outs * weight[:, None], 0)
+        total = total * mine + tl.sum(totals * weight, 0)
+        top = new_top
+    result = acc / tl.maximum(total, 1e-30)
+    place = out_row.to(tl.int64) * HEAD_DIM + dim
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@triton.jit
 def decode_kernel(
     query,  # [tokens, heads, head_dim]
     keys,  # [blocks, kv_heads, block_size, head_dim]
@@ -166,29 +208,12 @@ def decode_kernel(
             parts = last_program - first_program + 1
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
             if arrived == parts - 1:
-                acc = tl.zeros((ROWS, DIM), tl.float32)
-                top = tl.full((ROWS,), LOWEST, tl.float32)
-                total = tl.zeros((ROWS,), tl.float32)
                 starts_within = begin % per_program != 0
-                for index in tl.range(0, parts, loop_unroll_factor=4):
-                    slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
-                    part = slot.to(tl.int64) * ROWS + row
-                    other_top = tl.load(partial_max + part, mask=row_ok, other=LOWEST, cache_modifier=".cg")
-                    other_total = tl.load(partial_sum + part, mask=row_ok, other=0.0, cache_modifier=".cg")
-                    other = tl.load(
-                        partial_out + part[:, None] * DIM + dim[None, :],
-                        mask=row_mask,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    new_top = tl.maximum(top, other_top)
-                    mine = tl.exp2(top - new_top)
-                    theirs = tl.exp2(other_top - new_top)
-                    acc = acc * mine[:, None] + other * theirs[:, None]
-                    total = total * mine + other_total * theirs
-                    top = new_top
-                result = acc / tl.maximum(total, 1e-30)[:, None]
-                tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
+                for index_row in range(length * GROUP):
+                    merge_row(
+                        partial_out, partial_max, partial_sum, out, first_program, parts, starts_within, index_row,
+                        ((first_token + index_row // GROUP) * heads + head * GROUP + index_row % GROUP), HEAD_DIM, DIM, ROWS,
+                    )  # fmt: skip
                 tl.store(arrivals + first_program, 0)
 
         left -= count
