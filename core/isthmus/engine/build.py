@@ -49,7 +49,7 @@ def build_engine(options: EngineOptions, progress: bool = True) -> tuple[EngineC
         prefix_caching=options.cache.prefix_caching,
     )
     core = EngineCore(Scheduler(limits, blocks), running.executor, max_steps_in_flight=depth, on_close=backend.close)
-    return core, _ready(limits, running, backend, selection.passed_over)
+    return core, _ready(limits, running, backend)
 
 
 def _check(options: EngineOptions) -> None:
@@ -111,9 +111,7 @@ def _scheduler_limits(
     )
 
 
-def _ready(
-    limits: SchedulerLimits, running: _Running, backend: Backend | ExecutorBackend, passed_over: tuple[str, ...]
-) -> EngineReady:
+def _ready(limits: SchedulerLimits, running: _Running, backend: Backend | ExecutorBackend) -> EngineReady:
     sizes, facts = running.executor.limits, running.facts
     return EngineReady(
         model_name=facts.model_name,
@@ -129,5 +127,5 @@ def _ready(
         device_name=backend.device.name,
         dtype=facts.dtype,
         providers=backend.providers(),
-        notes=(*facts.notes, *(f"passed over: {reason}" for reason in passed_over)),
+        notes=facts.notes,
     )

@@ -51,7 +51,10 @@ class LocalEngine:
                     running.add(request.request_id)
                 if not running:
                     return
-                for item in self._core.step():
+                outputs = self._core.step()
+                if self._core.stalled:
+                    raise EngineDead(f"nothing can run, though {len(running)} requests wait; please report this")
+                for item in outputs:
                     if item.finish_reason is not None:
                         running.discard(item.request_id)
                     yield item
