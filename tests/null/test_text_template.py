@@ -80,6 +80,13 @@ def test_content_as_text(template: str, rendered: str) -> None:
     assert render(template) == rendered
 
 
+def test_a_question_about_something_else_is_not_about_content() -> None:
+    template = (
+        "{% if messages[0].role is string %}{% endif %}{% for p in messages[0].content %}({{ p.text }}){% endfor %}"
+    )
+    assert render(template) == "(hi)"
+
+
 def test_content_handed_to_a_macro() -> None:
     template = (
         "{% macro show(content) %}{% for p in content %}({{ p.text }}){% endfor %}{% endmacro %}"

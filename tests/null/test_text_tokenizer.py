@@ -96,8 +96,9 @@ def test_batch_is_as_one_by_one(smollm2: Tokenizer) -> None:
 
 
 def test_ids_outside_the_vocabulary_are_empty(smollm2: Tokenizer) -> None:
-    assert smollm2.decode([504, 49152, -1, 10**6]) == "The"
-    assert smollm2.id_to_token(-1) is None and smollm2.id_to_token(49152) is None
+    assert smollm2.decode([504, 49152, -1, 10**6, 2**32, -(2**63), 10**30]) == "The"
+    assert smollm2.decode([504, 49152, 2**64], skip_special_tokens=False) == "The"
+    assert [smollm2.id_to_token(token) for token in (-1, 49152, 2**32, 10**30)] == [None] * 4
     assert smollm2.token_bytes(49152) == b""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
 import jinja2
 
-CONTAINERS: Final[tuple[type, ...]] = (
+CONTAINERS: Final[tuple[type[Collection[Any]], ...]] = (
     list,
     tuple,
     dict,

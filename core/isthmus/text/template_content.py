@@ -31,7 +31,8 @@ def find_content_form(template: nodes.Template) -> ContentForm:
             names.add(assignment.target.name)
     if not any(_is_content(loop.iter, names) for loop in template.find_all(nodes.For)):
         return ContentForm.TEXT
-    asks = any(test.name in ("string", "iterable") for test in template.find_all(nodes.Test))
+    tests = template.find_all(nodes.Test)
+    asks = any(test.name in ("string", "iterable") and _is_content(test.node, names) for test in tests)
     return ContentForm.EITHER if asks else ContentForm.PARTS
 
 

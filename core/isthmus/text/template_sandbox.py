@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Final
@@ -263,7 +263,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.pay(super().call(context, method, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sized = (str, bytes, *CONTAINERS)
+        sized: tuple[type[Collection[Any]], ...] = (str, bytes, *CONTAINERS)
         if operator == "%" and isinstance(left, str | bytes):
             _check_format(left)
         elif operator == "*":

@@ -32,6 +32,8 @@ class _Table(dict[int, bytes]):
         self._skip = skip_special_tokens
 
     def __missing__(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self._rule.num_ids:
+            return b""  # and not kept: there is no end of such ids
         hidden = self._skip and self._rule.is_special(token_id)
         found = b"" if hidden else self._rule.compute(token_id)
         self[token_id] = found
@@ -53,6 +55,8 @@ class TokenBytes:
     def __init__(self, codec: tokenizers.Tokenizer) -> None:
         self._codec = codec
         self._special = frozenset(i for i, token in codec.get_added_tokens_decoder().items() if token.special)
+        self.num_ids = 1 + max(codec.get_vocab(with_added_tokens=True).values(), default=-1)
+        """One more than the highest id."""
         self._byte_level = False
         self._byte_fallback = False
         self._replacements: list[tuple[str, str]] = []
@@ -94,7 +98,7 @@ class TokenBytes:
 
     def compute(self, token_id: int) -> bytes:
         """The bytes of one token, empty for an id that the vocabulary does not have."""
-        token = self._codec.id_to_token(token_id) if token_id >= 0 else None
+        token = self._codec.id_to_token(token_id)
         if token is None:
             return b""
         if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):

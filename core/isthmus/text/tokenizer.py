@@ -82,7 +82,7 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling, such as ``Ġthe``; ``None`` if it has no such id."""
-        return self._codec.id_to_token(token_id) if token_id >= 0 else None
+        return self._codec.id_to_token(token_id) if 0 <= token_id < self.bytes.num_ids else None
 
     def token_to_id(self, token: str) -> int | None:
         return self._codec.token_to_id(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,8 @@ from isthmus.errors import IsthmusError, ModelError, UnsupportedModel
 from isthmus.model.gguf_file import open_gguf
 from isthmus.text.pretokenizers import find_pre_rule
 from isthmus.text.tokenizer_parts import TokenizerParts
+
+logger = logging.getLogger(__name__)
 
 _UNKNOWN: Final = 2
 _CONTROL: Final = 3
@@ -103,17 +106,16 @@ class _Vocabulary:
         )
 
     def surround(self, add_bos: bool) -> processors.PostProcessor:
-        """Puts the tokens around a text that the file asks for; byte offsets are not needed here."""
+        """Puts the tokens around a text that the file asks for."""
         before = self.token_id("bos_token_id") if self.get("add_bos_token", add_bos) else None
         after = self.token_id("eos_token_id") if self.get("add_eos_token", False) else None
-        names = {
-            name: (self.tokens[token_id], token_id)
+        special = [
+            {"id": name, "ids": [token_id], "tokens": [self.tokens[token_id]]}
             for name, token_id in (("before", before), ("after", after))
             if token_id is not None
-        }
-        pieces = [name for name in ("before", "$A", "after") if name == "$A" or name in names]
-        single = [piece if piece == "$A" else names[piece][0] for piece in pieces]
-        return processors.TemplateProcessing(single=single, special_tokens=list(names.values()))
+        ]
+        single = [*(["before"] if before is not None else []), "$A", *(["after"] if after is not None else [])]
+        return processors.TemplateProcessing(single=single, special_tokens=special)
 
     def special_tokens(self) -> dict[str, str]:
         ids = {name: self.token_id(key) for name, key in _SPECIAL_KEYS.items()}
@@ -127,6 +129,8 @@ class _Vocabulary:
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    if vocabulary.get("pre") is None:
+        logger.warning("%s does not say how text is split; tokens may differ from the model's own", vocabulary.path)
     rule = find_pre_rule(vocabulary.get("pre", "default"))
     merges = [_split_merge(merge, vocabulary.path) for merge in vocabulary.required("merges")]
     codec = tokenizers.Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.whole_words))
