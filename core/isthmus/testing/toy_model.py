@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 BOS_TOKEN: Final = 256
 EOS_TOKEN: Final = 257
@@ -22,8 +22,26 @@ CHAT_TEMPLATE: Final = (
 def write_toy_model(folder: Path, max_model_len: int = 4096) -> Path:
     """Write a ``config.json`` and a tokenizer whose token ids are the bytes of the text; no weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        # A config that every reader of configs knows; the sizes mean nothing, since there are no weights.
+    files = {
+        "config.json": _config(max_model_len),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "chat_template": CHAT_TEMPLATE,
+            "model_max_length": max_model_len,
+        },
+        "tokenizer.json": _tokenizer(),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1))
+    return folder
+
+
+def _config(max_model_len: int) -> dict[str, Any]:
+    # One that every reader of configs knows; the sizes mean nothing, since there are no weights.
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB_SIZE,
@@ -39,41 +57,23 @@ def write_toy_model(folder: Path, max_model_len: int = 4096) -> Path:
         "eos_token_id": EOS_TOKEN,
         "pad_token_id": PAD_TOKEN,
     }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "chat_template": CHAT_TEMPLATE,
-        "model_max_length": max_model_len,
-    }
-    special = [
-        {
-            "id": token,
-            "content": content,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token, content in ((BOS_TOKEN, "<s>"), (EOS_TOKEN, "</s>"), (PAD_TOKEN, "<pad>"))
-    ]
-    tokenizer = {
+
+
+def _tokenizer() -> dict[str, Any]:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = {BOS_TOKEN: "<s>", EOS_TOKEN: "</s>", PAD_TOKEN: "<pad>"}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": special,
+        "added_tokens": [{"id": token, "content": content, **plain} for token, content in special.items()],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "pre_tokenizer": byte_level,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {char: byte for byte, char in enumerate(byte_characters())}, "merges": []},
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
-    return folder
 
 
 def byte_characters() -> list[str]:
