@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Final, Protocol
 
 from starlette.responses import Response
@@ -12,9 +13,12 @@ from starlette.types import Receive, Scope, Send
 from isthmus.errors import EngineDead, IsthmusError
 from isthmus.text.output import Delta
 from isthmus_server.api_error import ApiError, api_error
+from isthmus_server.gate import REQUEST_ID
 from isthmus_server.generation import Choice, Generation
 from isthmus_server.lifecycle import Lifecycle, RunningRequest
 from isthmus_server.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 DONE: Final = b"data: [DONE]\n\n"
 
@@ -66,12 +70,12 @@ class GeneratedResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self._lifecycle.request() as running:
-                await self._run(running, receive, send)
+                await self._run(running, scope, receive, send)
         except ApiError as error:
             self._telemetry.saw_rejection(error)
             await self._fail(error, send)
 
-    async def _run(self, running: RunningRequest, receive: Receive, send: Send) -> None:
+    async def _run(self, running: RunningRequest, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(_watch(receive, running))
         try:
             await (self._write_events(running, send) if self._stream else self._write_whole(running, send))
@@ -85,7 +89,9 @@ class GeneratedResponse(Response):
             running.task.uncancel()
             self._telemetry.aborted["shutdown"] += 1
             await self._fail(running.cut, send)
-        except (ApiError, IsthmusError) as error:
+        except Exception as error:  # one request's fault ends that request, and says so in its stream
+            if not isinstance(error, ApiError | IsthmusError):
+                logger.exception("request %s failed", scope.get(REQUEST_ID))
             found = api_error(error)
             self._count(error, found)
             await self._fail(found, send)

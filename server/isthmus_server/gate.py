@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 KEY_DIGEST: Final = "isthmus.key_digest"
 """Where the scope keeps the digest of the caller's key."""
 
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID: Final = "isthmus.request_id"
+
+_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _KNOWN_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -43,6 +45,7 @@ class Gate:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.monotonic()
         request_id = _request_id(scope)
+        scope[REQUEST_ID] = request_id.decode()
         status = 0
 
         async def tagged(message: Message) -> None:
@@ -77,7 +80,7 @@ async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
 def _request_id(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
-            if _REQUEST_ID.fullmatch(value):
+            if _ID.fullmatch(value):
                 return bytes(value)
             break
     return uuid.uuid4().hex.encode()

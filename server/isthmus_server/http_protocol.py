@@ -1,16 +1,24 @@
-"""uvicorn's HTTP/1.1 protocol with bounds on the head of a request: its size, its count and its time."""
+"""uvicorn, with bounds on the head of a request and without its own ideas of a process's end."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
 from typing import Any, Final
 
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from isthmus_server.api_error import ApiError
 from isthmus_server.settings import MAX_HEADER_BYTES, MAX_HEADERS
 
 HEAD_TIMEOUT_S: Final = 30.0
+KEEP_ALIVE_S: Final = 75
+CLOSE_S: Final = 2
+"""How long connections may take to close at the end."""
 
 
 class _HeadTooLarge(Exception):
@@ -95,3 +103,31 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers; says when it accepts."""
+
+    def __init__(self, app: ASGIApp, *, access_log: bool) -> None:
+        config = uvicorn.Config(
+            app,
+            http=BoundedHttpProtocol,
+            loop="none",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=access_log,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()

@@ -9,47 +9,29 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
-
-import uvicorn
 
 from isthmus.engine.client import AsyncEngineClient
 from isthmus.model.source import resolve_model
-from isthmus.text.tokenizer import Tokenizer
 from isthmus_server.api_error import unavailable
-from isthmus_server.http_protocol import BoundedHttpProtocol
 from isthmus_server.lifecycle import Phase
 from isthmus_server.listening import address, listen
 from isthmus_server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from isthmus.model.source import ModelSource
+    from isthmus.text.tokenizer import Tokenizer
+    from isthmus_server.http_protocol import HttpServer
     from isthmus_server.service import Service
 
 logger = logging.getLogger(__name__)
 
-KEEP_ALIVE_S: Final = 75
 STATS_POLL_S: Final = 0.05
 CUT_S: Final = 3.0
 """How long requests that were cut may take to say so to their clients."""
 EXIT_DEAD: Final = 1
 EXIT_FORCED: Final = 1
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers; says when it accepts."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.accepting = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.accepting.set()
 
 
 def run(settings: ServerSettings) -> int:
@@ -59,8 +41,10 @@ def run(settings: ServerSettings) -> int:
     """
     sock = listen(settings.host, settings.port, settings.uds)
     try:
+        # Before the engine is started, so that a wrong path is all that is told of.
+        source = resolve_model(settings.engine.model.model, settings.engine.model.revision, weights=False)
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            return runner.run(ServerProcess(settings, sock).main())
+            return runner.run(ServerProcess(settings, sock, source).main())
     finally:
         sock.close()
         if settings.uds is not None:
@@ -78,9 +62,10 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 class ServerProcess:
     """Order of the start: socket, engine process, HTTP with probes, model, the line that says so."""
 
-    def __init__(self, settings: ServerSettings, sock: socket.socket) -> None:
+    def __init__(self, settings: ServerSettings, sock: socket.socket, source: ModelSource) -> None:
         self._settings = settings
         self._sock = sock
+        self._source = source
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._started_s = time.monotonic()
@@ -91,18 +76,21 @@ class ServerProcess:
             loop.add_signal_handler(number, self._on_signal, number)
         starting = asyncio.create_task(self._start_engine())
         await asyncio.sleep(0)  # the engine process loads while this one imports
+        from isthmus.text.tokenizer import Tokenizer
         from isthmus_server.app import create_app
+        from isthmus_server.http_protocol import HttpServer
         from isthmus_server.service import Service
 
+        tokenizer = loop.run_in_executor(None, Tokenizer.load, self._source)
         service = Service(self._settings)
-        http = self._http(create_app(service))
+        http = HttpServer(create_app(service), access_log=self._settings.access_log)
         serving = asyncio.create_task(http.serve(sockets=[self._sock]))
         try:
             engine = await self._or_stopped(starting)
             if engine is None:
                 return 0
             try:
-                return await self._serve(service, engine, http)
+                return await self._serve(service, engine, http, await tokenizer)
             finally:
                 await engine.shutdown(timeout_s=0.0 if self._force.is_set() else 5.0)
         finally:
@@ -110,11 +98,7 @@ class ServerProcess:
             await serving
             service.close()
 
-    async def _serve(self, service: Service, engine: AsyncEngineClient, http: HttpServer) -> int:
-        model = self._settings.engine.model
-        loop = asyncio.get_running_loop()
-        source = await loop.run_in_executor(None, lambda: resolve_model(model.model, model.revision, weights=False))
-        tokenizer = await loop.run_in_executor(None, Tokenizer.load, source)
+    async def _serve(self, service: Service, engine: AsyncEngineClient, http: HttpServer, tokenizer: Tokenizer) -> int:
         await http.accepting.wait()
         service.open(engine, tokenizer)
         self._announce(service, engine)
@@ -166,7 +150,7 @@ class ServerProcess:
             if engine.stats is not None:
                 service.telemetry.saw_stats(engine.stats)
             why = service.liveness()
-            if why is not None and not was_stuck and service.lifecycle.phase is not Phase.DEAD:
+            if why is not None and not was_stuck and engine.alive:
                 logger.error("/livez fails: %s", why)
             was_stuck = why is not None
             await asyncio.sleep(STATS_POLL_S)
@@ -199,21 +183,6 @@ class ServerProcess:
             logger.warning("Second signal: ending at once")
             self._force.set()
         self._stop.set()
-
-    def _http(self, app: object) -> HttpServer:
-        config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            http=BoundedHttpProtocol,
-            loop="none",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=self._settings.access_log,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=2,
-        )
-        return HttpServer(config)
 
     def _announce(self, service: Service, engine: AsyncEngineClient) -> None:
         ready = engine.ready

@@ -55,9 +55,9 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
 
 class Telemetry:
@@ -95,12 +95,21 @@ class Telemetry:
         self.params_max_tokens = Histogram(bounds)
 
     def saw_stats(self, stats: EngineStats) -> None:
-        """Takes a heartbeat; one that was seen before is left out."""
-        if self.stats is not None and stats.monotonic_s <= self.stats.monotonic_s:
+        """Takes a heartbeat; one that was seen before is left out.
+
+        Heartbeats are looked at now and then, so one may be missed, with the sizes of its steps.
+        Those steps are counted at their mean: number and sum of the histogram stay right.
+        """
+        before = self.stats
+        if before is not None and stats.monotonic_s <= before.monotonic_s:
             return
         self.stats = stats
         for tokens in stats.step_tokens:
             self.step_tokens.observe(tokens)
+        missed = stats.steps - (before.steps if before else 0) - len(stats.step_tokens)
+        if missed > 0:
+            computed = stats.computed_tokens - (before.computed_tokens if before else 0) - sum(stats.step_tokens)
+            self.step_tokens.observe(max(0.0, computed / missed), missed)
 
     def saw_rejection(self, error: ApiError) -> None:
         """A request was answered with ``error`` before anything was generated for it."""

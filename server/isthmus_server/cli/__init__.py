@@ -12,6 +12,8 @@ def main() -> None:
     """Exits non-zero with one line on stderr for anything the user can put right."""
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         sys.exit(report(error))
 

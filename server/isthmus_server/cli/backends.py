@@ -37,26 +37,26 @@ def backends(
         return
     from rich.console import Console
 
-    Console().print(_table(found))
+    Console().print(table(found))
 
 
-def _table(found: list[BackendStatus]) -> Table:
+def table(found: list[BackendStatus]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
+    shown = Table(
         "backend", "devices and what they can do", "from", box=None, padding=(0, 2, 1, 0), header_style="bold"
     )
     for status in found:
         name, origin = escape(status.name), f"[dim]{escape(status.distribution)}[/dim]"
         if status.reason:
-            table.add_row(f"[dim]{name}[/dim]", f"[yellow]{escape(status.reason)}[/yellow]", origin)
+            shown.add_row(f"[dim]{name}[/dim]", f"[yellow]{escape(status.reason)}[/yellow]", origin)
             continue
         lines = [escape(_device(device)) for device in status.devices]
         if status.capabilities is not None:
             lines.append(f"[dim]{escape(_abilities(status.capabilities))}[/dim]")
-        table.add_row(f"[green]{name}[/green]", "\n".join(lines), origin)
-    return table
+        shown.add_row(f"[green]{name}[/green]", "\n".join(lines), origin)
+    return shown
 
 
 def _device(device: DeviceInfo) -> str:
