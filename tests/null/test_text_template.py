@@ -301,10 +301,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end(name: str) -> None:
-    begun = time.monotonic()
+    begun_s = time.thread_time()
     with pytest.raises(InvalidRequest, match="chat template"):
         render(BOMBS[name], limits=RenderLimits(deadline_s=0.3))
-    assert time.monotonic() - begun < 5  # the machine may be busy; without a bound it is hours
+    assert time.thread_time() - begun_s < 3  # without a bound it is hours
 
 
 def test_limits_are_a_rendering_s_own() -> None:

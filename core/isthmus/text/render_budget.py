@@ -24,6 +24,7 @@ CONTAINERS: Final[tuple[type[Collection[Any]], ...]] = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderLimits:
     deadline_s: float = 2.0
+    """Of this thread's own running: a busy machine refuses nothing that a quiet one renders."""
     steps: int = 1_000_000
     """Turns of loops, and calls of macros, filters, tests and methods."""
     text: int = 1 << 23
@@ -41,11 +42,12 @@ class LimitReached(jinja2.TemplateError):
 class RenderBudget:
     """One rendering's account.  Not to be shared between threads."""
 
-    __slots__ = ("_ends_s", "_limits", "_steps", "_weights", "_work")
+    __slots__ = ("_begun_cpu_s", "_limits", "_look_s", "_steps", "_weights", "_work")
 
     def __init__(self, limits: RenderLimits) -> None:
         self._limits = limits
-        self._ends_s = time.monotonic() + limits.deadline_s
+        self._begun_cpu_s = time.thread_time()
+        self._look_s = time.monotonic() + limits.deadline_s  # the processor's time is dear to ask for
         self._steps = 0
         self._work = 0
         self._weights: dict[int, tuple[int, Any]] = {}
@@ -53,8 +55,13 @@ class RenderBudget:
     def step(self) -> None:
         """Count a step; raises :class:`LimitReached` when there are no more, or no more time."""
         self._steps += 1
-        if self._steps > self._limits.steps or time.monotonic() > self._ends_s:
+        if self._steps > self._limits.steps:
             raise self._exhausted()
+        if time.monotonic() > self._look_s:
+            left_s = self._limits.deadline_s - (time.thread_time() - self._begun_cpu_s)
+            if left_s <= 0:
+                raise self._exhausted()
+            self._look_s = time.monotonic() + left_s
 
     def expect(self, size: int) -> None:
         """Refuse a text or list of this many characters or items before it is made."""
