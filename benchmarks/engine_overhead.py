@@ -107,19 +107,23 @@ def figures(workload: Workload, measured: list[Run], shorter: list[Run]) -> dict
     """``shorter`` is the same with half the output tokens: the difference is what a further step costs,
     without the requests' coming and going and the steps of their prompts."""
     steps = workload.output_tokens
-    wall_s, client_s, engine_s = (
-        statistics.median(getattr(run, name) for run in measured) for name in ("wall_s", "client_cpu_s", "engine_cpu_s")
+    further_steps = (steps - steps // 2) * 1e-6
+    wall_s = statistics.median(run.wall_s for run in measured)
+    # Means, since the system counts a process's time in hundredths of a second.
+    client_s, engine_s, shorter_client_s, shorter_engine_s = (
+        statistics.mean(getattr(run, name) for run in runs)
+        for runs in (measured, shorter)
+        for name in ("client_cpu_s", "engine_cpu_s")
     )
-    # The least of the runs: other work on the machine only ever adds.
-    further_s = min(run.wall_s for run in measured) - min(run.wall_s for run in shorter)
     return {
         "seconds": round(wall_s, 4),
         "steps_per_s": round(steps / wall_s, 1),
         "us_per_step": round(wall_s / steps * 1e6, 1),
-        "us_per_further_step": round(further_s / (steps - steps // 2) * 1e6, 1),
-        "client_cpu_us_per_step": round(client_s / steps * 1e6, 1),
-        "engine_cpu_us_per_step": round(engine_s / steps * 1e6, 1),
         "tokens_per_s": round(workload.requests * steps / wall_s),
+        "engine_cpu_us_per_step": round(engine_s / steps * 1e6, 1),
+        "engine_cpu_us_per_further_step": round((engine_s - shorter_engine_s) / further_steps, 1),
+        "client_cpu_us_per_step": round(client_s / steps * 1e6, 1),
+        "client_cpu_us_per_further_step": round((client_s - shorter_client_s) / further_steps, 1),
     }
 
 
