@@ -6,7 +6,7 @@ import itertools
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
@@ -206,10 +206,11 @@ class LLM:
         for index, (prompt, params) in enumerate(zip(prompts, _one_each(sampling_params, len(prompts)), strict=True)):
             with naming("prompt", index, len(prompts)):
                 batch.add(prompt, params, self._builder.requests(prompt, params, self._next_id))
-        with _Interrupts() as interrupts, _progress(len(prompts), use_tqdm) as progress:
+        with _Interrupts() as interrupts, _progress(len(prompts), use_tqdm) as advance:
             try:
                 for finished in self._drive(batch, interrupts):
-                    progress.update(finished)
+                    if finished:
+                        advance(finished, batch.num_tokens)
             finally:
                 self._abort(batch)
         return batch.outputs
@@ -279,6 +280,8 @@ class _Batch:
         self.outputs: list[RequestOutput] = []
         self.running: set[int] = set()
         """Ids that the engine has and has not finished."""
+        self.num_tokens = 0
+        """Generated so far."""
 
     def add(self, prompt: Prompt, params: SamplingParams, requests: Sequence[AddRequest]) -> None:
         choices = [
@@ -309,6 +312,7 @@ class _Batch:
             choice = self._choices[item.request_id]
             delta = choice.stream.push(item)
             choice.extend(delta)
+            self.num_tokens += len(delta.token_ids)
             output = self.outputs[choice.request]
             if choice.output.index == 0:
                 self._take_prompt(output, item, delta)
@@ -363,20 +367,22 @@ class _Interrupts:
         self._asked = True
 
 
-class _NoProgress:
-    def update(self, count: int) -> None:
-        """Show nothing."""
-
-
 @contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Any]:
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of prompts, advanced by (prompts finished now, tokens generated so far)."""
     if not shown:
-        yield _NoProgress()
+        yield lambda finished, tokens: None
         return
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     with tqdm(total=total, desc="prompts", unit="prompt", dynamic_ncols=True) as bar:
-        yield bar
+
+        def advance(finished: int, tokens: int) -> None:
+            rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{rate:.0f} output tok/s", refresh=False)
+            bar.update(finished)
+
+        yield advance
 
 
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:

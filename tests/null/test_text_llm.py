@@ -185,7 +185,10 @@ def test_interrupt_leaves_it_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch, a
 
 def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(["a", "b"], GREEDY, use_tqdm=True)
-    assert "2/2" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "output tok/s" in shown
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_closed(folder: str) -> None:
