@@ -95,8 +95,9 @@ struct Attended {
     for (int64_t column = 0; column < count; column += kWide) {
       const int64_t position = begin + column;
       const Element* from = keys + key_at(position / layer.block) + position % layer.block;
-      tiles<kVectors>(rows, static_cast<const float*>(query), layer.dim, from, layer.block, layer.dim,
-                      scores + column, kKeys, true);
+      for (int64_t row = 0; row < rows; row++) std::fill_n(scores + row * kKeys + column, kWide, 0.0f);
+      tiles<kVectors>(rows, Operands<float, Element>{query, layer.dim, from, layer.block, 0, layer.dim, scores + column,
+                                                     kKeys, 0});
     }
   }
 
@@ -145,21 +146,13 @@ struct Attended {
     for (int64_t d = 0; d < layer.padded; d += kWide) {
       vf acc[R][kVectors];
       float* c = result + row * layer.padded + d;
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; v++) acc[r][v] = load(c + r * layer.padded + v * kLanes);
-      }
+      load_tile<R, 1, kVectors>(acc, c, layer.padded, 0);
       for (int64_t done = 0; done < count; done += layer.block) {
-        const int64_t depth = std::min(layer.block, count - done);
-        accumulate<R, kVectors>(acc, scores + row * kKeys + done, kKeys,
-                                values + value_at((begin + done) / layer.block) + d, layer.padded, depth);
+        const Element* from = values + value_at((begin + done) / layer.block) + d;
+        accumulate<R, 1, kVectors>(acc, Operands<float, Element>{scores + row * kKeys + done, kKeys, from, layer.padded, 0,
+                                                                 std::min(layer.block, count - done), c, 0, 0});
       }
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; v++) store(c + r * layer.padded + v * kLanes, acc[r][v]);
-      }
+      store_tile<R, 1, kVectors>(acc, c, layer.padded, 0);
     }
   }
 
@@ -183,8 +176,11 @@ struct Attended {
   void attend(int64_t queries) {
     const int64_t end = first_position + queries;  // keys that the last query sees
     const int64_t seen = layer.window ? std::max<int64_t>(0, first_position + 1 - layer.window) : 0;
-    for (int64_t begin = seen / layer.block * layer.block; begin < end; begin += kKeys) {
-      const int64_t count = std::min(kKeys, end - begin);
+    // Tiles of keys begin at the same positions for every query, so that a query's result does not
+    // depend on those it is attended with.
+    for (int64_t begin = seen / layer.block * layer.block, next; begin < end; begin = next) {
+      next = (begin / kKeys + 1) * kKeys;
+      const int64_t count = std::min(next, end) - begin;
       score(begin, count);
       weigh(begin, count);
       gather(begin, count);

@@ -74,7 +74,8 @@ void product(const Routing& routing, Worker& worker, Gemm gemm, const void* pack
                         gathered ? routing.order + row : nullptr, divisor);
         held = b;
       }
-      block.panel(gemm, (unit - base) % panels);
+      const int64_t panel = (unit - base) % panels;
+      block.panels(gemm, panel, panel + 1);
     }
     base += blocks * panels;
   }

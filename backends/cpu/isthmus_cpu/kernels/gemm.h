@@ -23,23 +23,24 @@ struct Gemm {
 };
 
 static ALWAYS vf silu(vf x) { return x / (1.0f + vexp(-x)); }
+// 1 + tanh(u) is 2 / (1 + exp(-2 u)), which keeps its digits where both are small.
 static ALWAYS vf gelu_tanh(vf x) {
-  return x * 0.5f * (1.0f + vtanh(0.7978845608028654f * (x + 0.044715f * (x * x * x))));
+  return x / (1.0f + vexp(-1.5957691216057308f * (x + 0.044715f * (x * x * x))));
 }
 
-// Rows of x in the form the tiles read, and room for a panel's results, in a thread's scratch.
+// Rows of x in the form the tiles read, and room for the results of some panels, in a thread's scratch.
 class Block {
  public:
   Block(Worker& worker, int64_t depth) {
     const int64_t even = (depth + 1) / 2 * 2;
     char* memory = static_cast<char*>(
-        worker.scratch(sizeof(float) * (kBlockRows * even + 2 * kBlockRows * kPanel)));
+        worker.scratch(sizeof(float) * (kBlockRows * even + 2 * std::max(kBlockRows, kMostPanels) * kPanel)));
     result_ = reinterpret_cast<float*>(memory);
-    gate_ = result_ + kBlockRows * kPanel;
-    copy_ = gate_ + kBlockRows * kPanel;
+    gate_ = result_ + std::max(kBlockRows, kMostPanels) * kPanel;
+    copy_ = gate_ + std::max(kBlockRows, kMostPanels) * kPanel;
   }
 
-  // Take `rows` consecutive rows of x, or those that `index` names.
+  // Take `rows` consecutive rows of x, or row index[r] / divisor for each r.
   void take_rows(const Gemm& gemm, const float* x, int64_t stride, int64_t rows, float* y, int64_t y_stride,
                  const int32_t* index = nullptr, int64_t divisor = 1) {
     rows_ = rows;
@@ -65,19 +66,32 @@ class Block {
     }
   }
 
-  // Compute one panel of the output and write it to y.
-  void panel(const Gemm& gemm, int64_t panel) {
-    const int64_t width = std::min<int64_t>(kPanel, (gemm.gated() ? gemm.out / 2 : gemm.out) - panel * kPanel);
-    if (gemm.gated()) {
-      multiply(gemm, panel, gate_);
-      multiply(gemm, panel + gemm.out / 2 / kPanel, result_);
-    } else {
-      multiply(gemm, panel, result_);
+  // Compute panels [first, last) of the output and write them to y.
+  void panels(const Gemm& gemm, int64_t first, int64_t last) {
+    const int64_t together = panels_for(int(rows_));
+    while (first < last) {
+      const int64_t count = first + together <= last ? together : 1;
+      if (gemm.gated()) {
+        multiply(gemm, first, count, gate_);
+        multiply(gemm, first + gemm.out / 2 / kPanel, count, result_);
+      } else {
+        multiply(gemm, first, count, result_);
+      }
+      for (int64_t n = 0; n < count; n++) write(gemm, first + n, n * rows_ * kPanel);
+      first += count;
     }
+  }
+
+ private:
+  static constexpr int64_t kMostPanels = panels_for(1);
+
+  // The result of one panel, `at` floats into the scratch, goes to y.
+  void write(const Gemm& gemm, int64_t panel, int64_t at) {
+    const int64_t width = std::min<int64_t>(kPanel, (gemm.gated() ? gemm.out / 2 : gemm.out) - panel * kPanel);
     float* y = y_ + panel * kPanel;
     for (int64_t r = 0; r < rows_; r++, y += y_stride_) {
-      float* result = result_ + r * kPanel;
-      finish(gemm, gate_ + r * kPanel, result, y, width);
+      float* result = result_ + at + r * kPanel;
+      finish(gemm, gate_ + at + r * kPanel, result, y, width);
       if (width == kPanel) {
         store(y, load(result));
         store(y + kLanes, load(result + kLanes));
@@ -87,12 +101,11 @@ class Block {
     }
   }
 
- private:
   static void finish(const Gemm& gemm, const float* gate, float* result, const float* y, int64_t width) {
     for (int v = 0; v < kPanel; v += kLanes) {
       vf value = load(result + v);
-      if (gemm.epilogue == Epilogue::kSilu) value = value * silu(load(gate + v));
-      if (gemm.epilogue == Epilogue::kGeluTanh) value = value * gelu_tanh(load(gate + v));
+      if (gemm.epilogue == Epilogue::kSilu) value = silu(load(gate + v)) * value;
+      if (gemm.epilogue == Epilogue::kGeluTanh) value = gelu_tanh(load(gate + v)) * value;
       if (gemm.epilogue == Epilogue::kAdd) {
         if (width == kPanel) {
           value += load(y + v);
@@ -117,25 +130,35 @@ class Block {
     }
   }
 
-  void multiply(const Gemm& gemm, int64_t panel, float* c) {
-    start(gemm, panel, c);
+  // Panels [panel, panel + count) into c, one after the other.
+  void multiply(const Gemm& gemm, int64_t panel, int64_t count, float* c) {
+    for (int64_t n = 0; n < count; n++) start(gemm, panel + n, c + n * rows_ * kPanel);
     if (!gemm.bf16) {
-      const float* b = static_cast<const float*>(gemm.packed) + panel * gemm.depth * kPanel;
-      for (int64_t k = 0; k < gemm.depth; k += kChunkDepth) {
-        const int64_t deep = std::min(kChunkDepth, gemm.depth - k);
-        tiles<2>(rows_, x_ + k, stride_, b + k * kPanel, kPanel, deep, c, kPanel, false);
-      }
+      const int64_t size = gemm.depth * kPanel;
+      pass(count, x_, static_cast<const float*>(gemm.packed) + panel * size, size, gemm.depth, 1, c);
       return;
     }
-    const uint32_t* b = static_cast<const uint32_t*>(gemm.packed) + panel * gemm.pairs() * kPanel;
+    const int64_t size = gemm.pairs() * kPanel;
+    const uint32_t* b = static_cast<const uint32_t*>(gemm.packed) + panel * size;
 #if defined(__AVX512BF16__)
-    tiles<2>(rows_, reinterpret_cast<const uint32_t*>(copy_), stride_, b, kPanel, gemm.pairs(), c, kPanel, false);
+    pass(count, reinterpret_cast<const uint32_t*>(copy_), b, size, gemm.pairs(), 1, c);
 #else
-    for (int64_t k = 0; k < 2 * gemm.pairs(); k += kChunkDepth) {
-      const int64_t deep = std::min(kChunkDepth, 2 * gemm.pairs() - k);
-      tiles<2>(rows_, x_ + k, stride_, b + k / 2 * kPanel, kPanel, deep, c, kPanel, false);
-    }
+    pass(count, x_, b, size, 2 * gemm.pairs(), 2, c);
 #endif
+  }
+
+  // `step`: elements of A that meet one row of B.
+  template <class A, class B>
+  void pass(int64_t count, const A* a, const B* b, int64_t size, int64_t depth, int64_t step, float* c) {
+    for (int64_t k = 0; k < depth; k += kChunkDepth) {
+      const Operands<A, B> operands{a + k, stride_, b + k / step * kPanel, kPanel,        size,
+                                    std::min(kChunkDepth, depth - k), c, kPanel, rows_ * kPanel};
+      if (count > 1) {
+        wide_tile<2>(rows_, operands);
+      } else {
+        tiles<2>(rows_, operands);
+      }
+    }
   }
 
   void start(const Gemm& gemm, int64_t panel, float* c) {
@@ -151,7 +174,7 @@ class Block {
   }
 
   float *result_, *gate_, *copy_;
-  const float *x_ = nullptr;
+  const float* x_ = nullptr;
   float* y_ = nullptr;
   int64_t rows_ = 0, stride_ = 0, y_stride_ = 0;
 };

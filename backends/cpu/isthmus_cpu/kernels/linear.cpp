@@ -56,7 +56,9 @@ KERNEL(run_linear) {
   const bool gated = gemm.gated();
   const int64_t panels = gated ? out / 2 / kPanel : (out + kPanel - 1) / kPanel;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const int64_t chunk = panels < 16 * worker.count ? 1 : panels / (16 * worker.count);
+  // Whole groups of the panels that few rows take together.
+  const int64_t together = panels_for(int(std::min<int64_t>(rows, kBlockRows)));
+  const int64_t chunk = std::max<int64_t>(1, panels / (16 * worker.count * together)) * together;
   const int64_t chunks = (panels + chunk - 1) / chunk;
   Block block{worker, depth};
   int64_t held = -1;
@@ -68,6 +70,6 @@ KERNEL(run_linear) {
       block.take_rows(gemm, x + row * op.i[4], op.i[4], height, y + row * op.i[5], op.i[5]);
       held = b;
     }
-    for (int64_t panel = first; panel < first + chunk && panel < panels; panel++) block.panel(gemm, panel);
+    block.panels(gemm, first, std::min(first + chunk, panels));
   }
 }

@@ -1,8 +1,8 @@
 // The likeliest token of each row, and whether the row can be trusted.
 #include "gemm.h"
 
-// p: logits, tokens out (int32), invalid out (bytes).  i: vocabulary.  A row is invalid if it holds a
-// NaN, or nothing above -inf.  Ties go to the lowest id.
+// p: logits, tokens out (int32), invalid out (bytes).  i: vocabulary.  A row is invalid (and gives token 0)
+// if it holds a NaN or its largest is not finite.  Ties go to the lowest id.
 KERNEL(run_argmax) {
   const int64_t width = op.i[0];
   for (int64_t row; (row = worker.take(1)) < rows;) {
@@ -22,7 +22,7 @@ KERNEL(run_argmax) {
       invalid |= x[j] != x[j];
       top = x[j] > top ? x[j] : top;
     }
-    invalid |= top == -INFINITY;
+    invalid |= !(std::fabs(top) < INFINITY);
     int64_t token = 0;
     if (!invalid) {
       while (token + kLanes <= width) {
