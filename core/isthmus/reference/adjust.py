@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isthmus.contract import DeviceState
-from isthmus.plan import Int32Array
+from isthmus.plan import Float32Array, Int32Array
 from isthmus.reference.sampling_rows import Int64Array, StepRows
 
 NEVER = float("-inf")
@@ -79,7 +79,7 @@ def penalise(logits: Tensor, rows: StepRows, device: DeviceState) -> None:
     where, state = logits.device, rows.state
     names = rows.rows[index]
 
-    def column(values: Int32Array | Int64Array) -> Tensor:
+    def column(values: Int32Array | Float32Array) -> Tensor:
         return torch.from_numpy(values[names]).to(where)[:, None]
 
     longest = int(rows.positions[index].max())
@@ -87,17 +87,18 @@ def penalise(logits: Tensor, rows: StepRows, device: DeviceState) -> None:
     place = torch.arange(longest, device=where)
     known = place < torch.from_numpy(rows.positions[index]).to(where)[:, None]
     output = known & (place >= column(state.num_prompt_tokens))
+    counts = torch.zeros(len(index), logits.shape[1], device=where).scatter_add_(1, history, output.float())
 
-    at = torch.from_numpy(index).to(where)
-    chosen = logits[at]
-    counts = torch.zeros_like(chosen)
-    seen = torch.zeros_like(chosen).scatter_add_(1, history, known.float()) > 0
-    counts.scatter_add_(1, history, output.float())
-    repetition = column(state.repetition)  # type: ignore[arg-type]  # float32
-    chosen = torch.where(seen, torch.where(chosen > 0, chosen / repetition, chosen * repetition), chosen)
-    chosen -= column(state.frequency) * counts  # type: ignore[arg-type]
-    chosen -= column(state.presence) * (counts > 0)  # type: ignore[arg-type]
-    logits[at] = chosen
+    # Only tokens of the history change.  Places after it stand for its first, so that all writes agree.
+    ids = torch.where(known, history, history[:, :1])
+    times = counts.gather(1, ids)
+    at = torch.from_numpy(index).to(where)[:, None]
+    chosen = logits[at, ids]
+    repetition = column(state.repetition)
+    chosen = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
+    chosen -= column(state.frequency) * times
+    chosen -= column(state.presence) * (times > 0)
+    logits[at, ids] = chosen
 
 
 def _pairs(index: Int64Array, tokens: Int32Array, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from isthmus.reference.noise import gumbel_noise, token_keys
 
 CANDIDATES: Final = 256
 """Likeliest tokens looked at first: a cut that falls among them needs no sort of the vocabulary."""
+MORE_CANDIDATES: Final = 8192
+"""Looked at next, before the whole vocabulary."""
 NOISE_ROWS: Final = 4
 """Rows of whole-vocabulary noise made at once, to stay in a processor's cache."""
 
@@ -56,8 +58,8 @@ def draw(x: Tensor, rows: CutRows) -> Tensor:
     bounded = rows.bounded
     free = torch.nonzero(~bounded)[:, 0]
     left = torch.nonzero(bounded)[:, 0]
-    for width in (min(CANDIDATES, x.shape[1]), x.shape[1]):
-        if len(left):
+    for width in (CANDIDATES, MORE_CANDIDATES, x.shape[1]):
+        if len(left) and width <= x.shape[1]:
             found, complete = _draw_bounded(x[left], rows.take(left), width)
             tokens[left] = found
             left = left[~complete]
@@ -73,16 +75,17 @@ def _draw_bounded(x: Tensor, rows: CutRows, width: int) -> tuple[Tensor, Tensor]
     highest = values[:, :1]
     threshold = highest + rows.min_p.log()[:, None]
 
-    k = torch.where((rows.top_k > 0) & (rows.top_k <= width), rows.top_k, width)[:, None]
-    kth = values.gather(1, k - 1)
     has_kth = (rows.top_k > 0) & (rows.top_k <= width)
+    kth = values.gather(1, torch.where(has_kth, rows.top_k, width)[:, None] - 1)
     threshold = torch.where(has_kth[:, None], torch.maximum(threshold, kth), threshold)
     complete = has_kth | (rows.top_k == 0) | everything
 
-    # Mass of everything that stays so far; tokens beyond the candidates count too.
     mass = torch.exp(values - highest).masked_fill_(values < threshold, 0.0)
-    kept = x >= threshold
-    total = torch.exp(x - highest).masked_fill_(~kept, 0.0).sum(dim=-1, keepdim=True)
+    total = mass.sum(dim=-1, keepdim=True)
+    if bool((~has_kth & (rows.top_p < 1.0)).any()):
+        # Tokens beyond the candidates have mass too.
+        rest = torch.exp(x - highest).mul_(x >= threshold).sum(dim=-1, keepdim=True)
+        total = torch.where(has_kth[:, None], total, rest)
     mass_above = mass.cumsum(dim=-1) - mass
     in_nucleus = (mass_above < rows.top_p[:, None] * total) & (values >= threshold)
     last = values.gather(1, in_nucleus.sum(dim=-1, keepdim=True).clamp_(min=1) - 1)
