@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from isthmus.errors import EngineDead, IsthmusError
 from isthmus.text.output import Delta
 from isthmus_server.api_error import ApiError, api_error
-from isthmus_server.gate import REQUEST_ID
+from isthmus_server.gate import OUTCOME, REQUEST_ID
 from isthmus_server.generation import Choice, Generation
 from isthmus_server.lifecycle import Lifecycle, RunningRequest
 from isthmus_server.telemetry import Telemetry
@@ -97,6 +97,7 @@ class GeneratedResponse(Response):
             await self._fail(found, send)
         finally:
             running.done = True  # nothing left to cancel
+            scope[OUTCOME] = self._generation.outcome()
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
@@ -121,6 +122,7 @@ class GeneratedResponse(Response):
                     await send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         running.done = True
+        self._generation.finished()
         await send({"type": "http.response.body", "body": self._writer.usage_chunk(self._generation) + DONE})
 
     async def _write_whole(self, running: RunningRequest, send: Send) -> None:
@@ -129,6 +131,7 @@ class GeneratedResponse(Response):
             async for choice, delta in deltas:
                 keep(choice, delta)
         running.done = True
+        self._generation.finished()
         await _send_json(send, 200, self._writer.whole(self._generation), {})
 
     async def _fail(self, error: ApiError, send: Send) -> None:

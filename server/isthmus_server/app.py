@@ -28,7 +28,7 @@ def create_app(service: Service) -> FastAPI:
     for group in (completions, chat, models, health, metrics):
         group.add_routes(router, service)
     app.include_router(router)
-    app.add_middleware(Gate, keys=service.keys, telemetry=service.telemetry)
+    app.add_middleware(Gate, keys=service.keys, telemetry=service.telemetry, access_log=service.settings.access_log)
 
     async def on_error(request: Request, error: Exception) -> Response:
         found = api_error(error)

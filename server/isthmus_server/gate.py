@@ -8,19 +8,25 @@ import time
 import uuid
 from typing import Final
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from isthmus_server.access import Keys
+from isthmus_server.access import PUBLIC_PATHS, Keys
 from isthmus_server.api_error import ApiError, api_error
 from isthmus_server.settings import MAX_BODY_BYTES
 from isthmus_server.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("isthmus_server.access_log")
 
 KEY_DIGEST: Final = "isthmus.key_digest"
 """Where the scope keeps the digest of the caller's key."""
 
 REQUEST_ID: Final = "isthmus.request_id"
+OUTCOME: Final = "isthmus.outcome"
+"""Where a route may leave what its line in the access log is to say besides."""
+GONE: Final = 499
+"""The status, in logs and metrics, of a request whose client went before it had one."""
 
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _KNOWN_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
@@ -29,10 +35,11 @@ _KNOWN_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTI
 class Gate:
     """Outermost of our layers.  Nothing behind it runs for a caller without a key."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, telemetry: Telemetry, *, access_log: bool = False) -> None:
         self._app = app
         self._keys = keys
         self._telemetry = telemetry
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -66,7 +73,10 @@ class Gate:
                 raise
             await send_error(api_error(error), scope, tagged)
         finally:
-            self._telemetry.saw_http(_handler(scope), _method(scope), status or 499, time.monotonic() - started_s)
+            took_s = time.monotonic() - started_s
+            self._telemetry.saw_http(_handler(scope), _method(scope), status or GONE, took_s)
+            if self._access_log and scope["path"] not in PUBLIC_PATHS:
+                access_logger.info("%s", _access_line(scope, status or GONE, took_s))
 
 
 async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
@@ -75,6 +85,21 @@ async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope.get("method") == "HEAD" else body})
+
+
+def _access_line(scope: Scope, status: int, took_s: float) -> str:
+    """JSON, without a word of what was asked or answered; of a key only the start of its digest."""
+    digest: bytes = scope.get(KEY_DIGEST, b"")
+    line = {
+        "request_id": scope[REQUEST_ID],
+        "method": _method(scope),
+        "path": _handler(scope),
+        "status": status,
+        "ms": round(took_s * 1000, 1),
+        "key": digest[:4].hex() or None,
+        **scope.get(OUTCOME, {}),
+    }
+    return msgspec.json.encode(line).decode()
 
 
 def _request_id(scope: Scope) -> bytes:

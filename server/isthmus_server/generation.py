@@ -53,7 +53,7 @@ class Usage:
 class Choice:
     """One sequence: choice ``index`` of the answer, made from prompt ``prompt_index``."""
 
-    __slots__ = ("cached_tokens", "index", "prompt", "prompt_index", "request", "stream", "times")
+    __slots__ = ("cached_tokens", "finish_reason", "index", "prompt", "prompt_index", "request", "stream", "times")
 
     def __init__(
         self,
@@ -71,6 +71,12 @@ class Choice:
         self.stream = stream
         self.times = times
         self.cached_tokens = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def usage(self) -> Usage:
+        """Of this choice alone, so far."""
+        return Usage(len(self.prompt.token_ids), self.stream.num_tokens, self.cached_tokens)
 
     def take(self, out: TokensOut, telemetry: Telemetry) -> Delta:
         """Raises :class:`ApiError` where the engine ended the sequence without an answer."""
@@ -80,12 +86,15 @@ class Choice:
             telemetry.cached_tokens += out.num_cached_tokens
         if out.tokens:
             self.times.tokens(len(out.tokens), out.queued_s)
+        if out.finish_reason is not None:
+            self.finish_reason = str(out.finish_reason)
         if out.finish_reason is FinishReason.ERROR or out.finish_reason is FinishReason.ABORT:
             self.times.finished(out.finish_reason, len(self.prompt.token_ids))
             message = out.error or "the engine ended this request before it was complete"
             raise ApiError(500, message, code="engine_error")
         delta = self.stream.push(out)
         if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
             self.times.finished(FinishReason(delta.finish_reason), len(self.prompt.token_ids))
         return delta
 
@@ -129,19 +138,29 @@ class Generation:
             cached_tokens=sum(choice.cached_tokens for choice in firsts),
         )
 
-    async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
+    def outcome(self) -> dict[str, object]:
+        """For the access log."""
+        usage, first = self.usage, self.choices[0]
+        return {
+            "choices": len(self.choices),
+            "finish_reasons": sorted({choice.finish_reason or "none" for choice in self.choices}),
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "output_tokens": usage.completion_tokens,
+            "queued_ms": round(first.times.queued_s * 1000, 1),
+            "ttft_ms": None if first.times.ttft_s is None else round(first.times.ttft_s * 1000, 1),
+        }
+
+    def deltas(self) -> AsyncGenerator[tuple[Choice, Delta], None]:
         """Deltas as they come, until every choice is complete.  Closing it early aborts them all.
 
         Raises what the engine's client raises, and :class:`ApiError` for a choice that failed.
         """
-        if len(self.choices) == 1:
-            async with aclosing(self._of(self.choices[0])) as found:
-                async for pair in found:
-                    yield pair
-        else:
-            async with aclosing(self._merged()) as merged:
-                async for pair in merged:
-                    yield pair
+        # The usual case has no further generator around it: each costs something on every token.
+        return self._of(self.choices[0]) if len(self.choices) == 1 else self._merged()
+
+    def finished(self) -> None:
+        """Every choice is complete."""
         self._telemetry.max_generation_lengths.observe(max(choice.stream.num_tokens for choice in self.choices))
 
     async def _of(self, choice: Choice) -> AsyncGenerator[tuple[Choice, Delta], None]:

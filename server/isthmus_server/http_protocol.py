@@ -108,7 +108,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 class HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers; says when it accepts."""
 
-    def __init__(self, app: ASGIApp, *, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         config = uvicorn.Config(
             app,
             http=BoundedHttpProtocol,
@@ -116,7 +116,7 @@ class HttpServer(uvicorn.Server):
             ws="none",
             lifespan="off",
             log_config=None,
-            access_log=access_log,
+            access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=CLOSE_S,

@@ -83,7 +83,7 @@ class ServerProcess:
 
         tokenizer = loop.run_in_executor(None, Tokenizer.load, self._source)
         service = Service(self._settings)
-        http = HttpServer(create_app(service), access_log=self._settings.access_log)
+        http = HttpServer(create_app(service))
         serving = asyncio.create_task(http.serve(sockets=[self._sock]))
         try:
             engine = await self._or_stopped(starting)

@@ -38,6 +38,7 @@ class ServerSettings:
     """Seconds that the server answers (with errors) after the engine's death, before it exits."""
     log_level: str = "info"
     access_log: bool = False
+    """Log a line of JSON for each request at its end: counts and times, no content."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -127,15 +127,19 @@ class Telemetry:
 class SequenceTimes:
     """Times of one sequence, from its arrival to its end; reports each to a :class:`Telemetry`."""
 
-    __slots__ = ("_arrival_s", "_first_s", "_last_s", "_queued_s", "_telemetry", "num_tokens")
+    __slots__ = ("_arrival_s", "_first_s", "_last_s", "_telemetry", "num_tokens", "queued_s")
 
     def __init__(self, telemetry: Telemetry, arrival_s: float) -> None:
         self._telemetry = telemetry
         self._arrival_s = arrival_s
         self._first_s = 0.0
         self._last_s = 0.0
-        self._queued_s = 0.0
+        self.queued_s = 0.0
         self.num_tokens = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self._first_s - self._arrival_s if self._first_s else None
 
     def tokens(self, count: int, queued_s: float) -> None:
         """``count`` more tokens have come, just now."""
@@ -144,7 +148,7 @@ class SequenceTimes:
             self._telemetry.itl.observe(now - self._last_s)
         else:
             self._first_s = now
-            self._queued_s = queued_s
+            self.queued_s = queued_s
             self._telemetry.ttft.observe(now - self._arrival_s)
         self._last_s = now
         self.num_tokens += count
@@ -158,8 +162,8 @@ class SequenceTimes:
         telemetry.e2e.observe(time.monotonic() - self._arrival_s)
         if not self._first_s:
             return
-        started = self._arrival_s + self._queued_s
-        telemetry.queue.observe(self._queued_s)
+        started = self._arrival_s + self.queued_s
+        telemetry.queue.observe(self.queued_s)
         telemetry.prefill.observe(max(0.0, self._first_s - started))
         telemetry.decode.observe(self._last_s - self._first_s)
         telemetry.inference.observe(max(0.0, self._last_s - started))

@@ -14,6 +14,7 @@ import msgspec
 from isthmus.text.output import Delta, TokenLogprob
 from isthmus_server.generation import Choice, Generation
 from isthmus_server.logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs_body
+from isthmus_server.protocol import UsageWish
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -61,6 +62,17 @@ def _stem(answer_id: str, kind: str, model: str, created: int) -> bytes:
     return _encode(head)[:-1]
 
 
+class _Ending:
+    """How a chunk ends, after its choices."""
+
+    def __init__(self, wish: UsageWish) -> None:
+        self.varies = wish is UsageWish.ALWAYS
+        self.plain = (b"}" if wish is UsageWish.NONE else b',"usage":null}') + _END
+
+    def of(self, choice: Choice) -> bytes:
+        return b',"usage":' + _encode(choice.usage.body()) + b"}" + _END if self.varies else self.plain
+
+
 class ChatWriter:
     def __init__(
         self,
@@ -68,34 +80,36 @@ class ChatWriter:
         model: str,
         *,
         logprobs: ChatLogprobs | None,
-        include_usage: bool,
+        usage: UsageWish,
         return_token_ids: bool,
     ) -> None:
         self._created = int(time.time())
         self._id = answer_id
         self._model = model
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._usage_wish = usage
+        self._ending = _Ending(usage)
         self._return_token_ids = return_token_ids
-        self._tail = (b',"usage":null}' if include_usage else b"}") + _END
         self._head = _EVENT + _stem(answer_id, "chat.completion.chunk", model, self._created) + b',"choices":[{"index":'
-        self._plain_tail = b'},"logprobs":null,"finish_reason":null}]' + self._tail
+        self._plain = b'},"logprobs":null,"finish_reason":null}]'
+        self._plain_tail = self._plain + self._ending.plain
         self._heads: dict[int, bytes] = {}
         self._collector = _Collector()
 
     def chunk(self, choice: Choice, delta: Delta) -> bytes:
         opening = b""
+        tail = self._plain + self._ending.of(choice) if self._ending.varies else self._plain_tail
         head = self._heads.get(choice.index)
         if head is None:
             head = self._heads[choice.index] = self._head + str(choice.index).encode() + b',"delta":{'
-            opening = head + b'"role":"assistant","content":""' + self._plain_tail
+            opening = head + b'"role":"assistant","content":""' + tail
         if delta.finish_reason is None and not delta.logprobs and not self._return_token_ids:
             if not delta.text:
                 return opening
-            return b"".join((opening, head, b'"content":', _encode(delta.text), self._plain_tail))
-        return opening + self._full_chunk(head, delta)
+            return b"".join((opening, head, b'"content":', _encode(delta.text), tail))
+        return opening + self._full_chunk(head, choice, delta)
 
-    def _full_chunk(self, head: bytes, delta: Delta) -> bytes:
+    def _full_chunk(self, head: bytes, choice: Choice, delta: Delta) -> bytes:
         rest: dict[str, Any] = {
             "logprobs": self._logprobs.body(delta.logprobs) if self._logprobs else None,
             "finish_reason": delta.finish_reason,
@@ -105,10 +119,10 @@ class ChatWriter:
         if self._return_token_ids:
             rest["token_ids"] = delta.token_ids
         content = b'"content":' + _encode(delta.text) if delta.text else b""
-        return b"".join((head, content, b"},", _encode(rest)[1:], b"]", self._tail))
+        return b"".join((head, content, b"},", _encode(rest)[1:], b"]", self._ending.of(choice)))
 
     def usage_chunk(self, generation: Generation) -> bytes:
-        if not self._include_usage:
+        if self._usage_wish is UsageWish.NONE:
             return b""
         stem = _stem(self._id, "chat.completion.chunk", self._model, self._created)
         return _EVENT + stem + b',"choices":[],"usage":' + _encode(generation.usage.body()) + b"}" + _END
@@ -148,7 +162,7 @@ class CompletionWriter:
         model: str,
         *,
         logprobs: CompletionLogprobs | None,
-        include_usage: bool,
+        usage: UsageWish,
         return_token_ids: bool,
         prompt_logprobs: bool,
         echoes: list[str],
@@ -157,13 +171,14 @@ class CompletionWriter:
         self._created = int(time.time())
         self._stem = _stem(answer_id, "text_completion", model, self._created)
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._usage_wish = usage
+        self._ending = _Ending(usage)
         self._return_token_ids = return_token_ids
         self._prompt_logprobs = prompt_logprobs
         self._echoes = echoes
         self._only_echo = only_echo
-        self._tail = (b',"usage":null}' if include_usage else b"}") + _END
-        self._plain_tail = b',"logprobs":null,"finish_reason":null}]' + self._tail
+        self._plain = b',"logprobs":null,"finish_reason":null}]'
+        self._plain_tail = self._plain + self._ending.plain
         self._head = _EVENT + self._stem + b',"choices":[{"index":'
         self._heads: dict[int, bytes] = {}
         self._offsets: dict[int, int] = {}
@@ -176,7 +191,8 @@ class CompletionWriter:
             head = self._heads[choice.index] = self._head + str(choice.index).encode() + b',"text":'
             text = self._echo(choice) + text
         if delta.finish_reason is None and not delta.logprobs and not self._return_token_ids:
-            return b"".join((head, _encode(text), self._plain_tail)) if text else b""
+            tail = self._plain + self._ending.of(choice) if self._ending.varies else self._plain_tail
+            return b"".join((head, _encode(text), tail)) if text else b""
         rest: dict[str, Any] = {"logprobs": None, "finish_reason": delta.finish_reason}
         if self._logprobs is not None:
             offset = self._offsets.get(choice.index, 0)
@@ -185,10 +201,10 @@ class CompletionWriter:
             rest["stop_reason"] = delta.stop_reason
         if self._return_token_ids:
             rest["token_ids"] = delta.token_ids
-        return b"".join((head, _encode(text), b",", _encode(rest)[1:], b"]", self._tail))
+        return b"".join((head, _encode(text), b",", _encode(rest)[1:], b"]", self._ending.of(choice)))
 
     def usage_chunk(self, generation: Generation) -> bytes:
-        if not self._include_usage:
+        if self._usage_wish is UsageWish.NONE:
             return b""
         return _EVENT + self._stem + b',"choices":[],"usage":' + _encode(self._usage(generation)) + b"}" + _END
 

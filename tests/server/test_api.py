@@ -36,6 +36,21 @@ def test_stream_equals_whole_for_random_stop_strings(http: httpx.Client, events:
         assert whole["text"] == text[:cut]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_usage_with_every_chunk(http: httpx.Client, events: Events, chat: bool) -> None:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    body: dict[str, Any] = {"max_tokens": 5, "ignore_eos": True, "stream": True, "prompt": "x"}
+    body["messages"] = [{"role": "user", "content": "x"}]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = events(http.post(path, json={**body, "stream_options": options}).text)
+    counts = [event["usage"]["completion_tokens"] for event in found]
+    assert counts == ([1] if chat else []) + [1, 2, 3, 4, 5, 5]
+    at_end = events(http.post(path, json={**body, "stream_options": {"include_usage": True}}).text)
+    assert [event["usage"] is None for event in at_end] == [True] * (len(at_end) - 1) + [False]
+    assert at_end[-1]["usage"]["total_tokens"] == found[-1]["usage"]["total_tokens"]
+    assert all("usage" not in event for event in events(http.post(path, json=body).text))
+
+
 def test_limits_on_length(http: httpx.Client) -> None:
     long = complete(http, prompt="x", max_tokens=700, ignore_eos=True)
     assert long["usage"]["completion_tokens"] == 700

@@ -165,7 +165,12 @@ def serve(
         float, _opt("--stuck-after-s", panel=_LIFE, help="Seconds without progress until /livez fails.", min=0.1)
     ] = 60.0,
     access_log: Annotated[
-        bool, _opt("--access-log/--no-access-log", panel=_LIFE, help="A line for each request.")
+        bool,
+        _opt(
+            "--access-log/--no-access-log",
+            panel=_LIFE,
+            help="A line of JSON for each request: counts and times, no content.",
+        ),
     ] = False,
     log_level: Annotated[
         LogLevel, _opt("--log-level", panel=_LIFE, help="debug also shows tracebacks.")

@@ -7,6 +7,7 @@ from isthmus_server.protocol.requests import (
     Message,
     TokenizeRequest,
     Tool,
+    UsageWish,
 )
 
-__all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "Message", "TokenizeRequest", "Tool"]
+__all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "Message", "TokenizeRequest", "Tool", "UsageWish"]

@@ -6,6 +6,7 @@ an option that changes the answer is never dropped in silence.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +50,15 @@ class _Body(BaseModel):
         hide_input_in_errors=True,
         protected_namespaces=(),
     )
+
+
+class UsageWish(Enum):
+    """What a stream is to tell of token counts."""
+
+    NONE = 0
+    AT_END = 1
+    ALWAYS = 2
+    """With every chunk, those of its choice so far; and at the end those of all."""
 
 
 class StreamOptions(_Body):
@@ -111,14 +121,15 @@ class _Sampled(_Body):
             raise _not_supported("spaces_between_special_tokens", "only true is")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true", param="stream_options")
-        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
-            raise _not_supported("stream_options.continuous_usage_stats")
         if self.stream and self.prompt_logprobs is not None:
             raise _not_supported("prompt_logprobs", "leave it out when stream is true")
 
     @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_wish(self) -> UsageWish:
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return UsageWish.NONE
+        return UsageWish.ALWAYS if options.continuous_usage_stats else UsageWish.AT_END
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """Raises :class:`isthmus.errors.InvalidRequest` where two values contradict each other."""

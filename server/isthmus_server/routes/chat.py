@@ -49,7 +49,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
             answer_id("chatcmpl"),
             body.model or service.model_name,
             logprobs=logprobs,
-            include_usage=body.include_usage,
+            usage=body.usage_wish,
             return_token_ids=bool(body.return_token_ids),
         )
         return GeneratedResponse(generation, writer, service.lifecycle, service.telemetry, stream=bool(body.stream))

@@ -52,7 +52,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
             answer_id("cmpl"),
             body.model or service.model_name,
             logprobs=logprobs,
-            include_usage=body.include_usage,
+            usage=body.usage_wish,
             return_token_ids=bool(body.return_token_ids),
             prompt_logprobs=body.prompt_logprobs is not None,
             echoes=[service.builder.echo(prompt, params) for prompt in prompts] if body.echo else [],

@@ -12,10 +12,12 @@ from isthmus_server.service import Service
 
 def add_routes(router: APIRouter, service: Service) -> None:
     @router.get("/livez", summary="Whether to leave this process alive", responses=errors(503))
+    @router.head("/livez", include_in_schema=False)
     async def livez() -> Response:
         return _alive(service)
 
     @router.get("/readyz", summary="Whether to send requests here", responses=errors(503))
+    @router.head("/readyz", include_in_schema=False)
     async def readyz() -> Response:
         _alive(service)
         if not service.lifecycle.ready:
@@ -23,11 +25,13 @@ def add_routes(router: APIRouter, service: Service) -> None:
         return Response(status_code=200)
 
     @router.get("/health", summary="Whether requests can be answered", responses=errors(503))
+    @router.head("/health", include_in_schema=False)
     async def health() -> Response:
         return _healthy(service)
 
     @router.get("/ping", summary="The same as /health", responses=errors(503))
     @router.post("/ping", include_in_schema=False)
+    @router.head("/ping", include_in_schema=False)
     async def ping() -> Response:
         return _healthy(service)
 

@@ -20,10 +20,13 @@ from isthmus_server.service import Service
 def add_routes(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models", summary="The models served here", responses=READ_ERRORS)
     async def models() -> Response:
+        # Some load balancers take this path for their readiness probe.
+        service.lifecycle.require_accepting()
         return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.settings.names]})
 
     @router.get("/v1/models/{name:path}", summary="One model", responses=READ_ERRORS)
     async def model(name: str) -> Response:
+        service.lifecycle.require_accepting()
         service.check_model(name)
         return JSONResponse(_card(service, name))
 
