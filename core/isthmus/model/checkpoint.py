@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isthmus.errors import ModelError, UnsupportedModel
 from isthmus.model.dequantize import dequantize_into
-from isthmus.model.gguf_file import GgufFile, open_gguf
+from isthmus.model.gguf_file import GgufFile, GgufTensor, open_gguf
 from isthmus.model.layout import Part, Shape
 from isthmus.model.read_file import FileReader
 from isthmus.model.source import ModelSource, read_json
@@ -154,27 +154,20 @@ class GgufCheckpoint:
         raw = torch.from_numpy(self._file.raw(part.name)).to(destination.device)
         if destination.dim() > 2:
             for expert, rows in zip(destination, raw.chunk(destination.shape[0]), strict=True):
-                dequantize_into(expert, rows, tensor.type_name, tensor.type_number, tensor.block_bytes)
-            return
-        target = destination.view(-1, tensor.shape[-1])
-        if part.rotary_heads and len(tensor.shape) == 1:
-            values = torch.empty_like(target)
-            dequantize_into(values, raw, tensor.type_name, tensor.type_number, tensor.block_bytes)
-            source, target = _half_split(values.view(-1), destination, part.rotary_heads)
-            target.copy_(source)
-            return
-        if part.rotary_heads:
-            raw = raw.view(part.rotary_heads, -1, 2, raw.shape[1]).transpose(1, 2).reshape(raw.shape)
-        dequantize_into(target, raw, tensor.type_name, tensor.type_number, tensor.block_bytes)
+                _dequantise(expert, rows, tensor)
+        elif not part.rotary_heads:
+            _dequantise(destination.view(-1, tensor.shape[-1]), raw, tensor)
+        elif destination.dim() == 2:
+            reordered = raw.view(part.rotary_heads, -1, 2, raw.shape[1]).transpose(1, 2).reshape(raw.shape)
+            _dequantise(destination, reordered, tensor)
+        else:
+            values = torch.empty_like(destination)
+            _dequantise(values[None], raw, tensor)
+            destination.view(part.rotary_heads, 2, -1).copy_(values.view(part.rotary_heads, -1, 2).transpose(1, 2))
 
     def close(self) -> None:
         """The mapping goes with the last view of it."""
 
 
-def _half_split(source: Tensor, destination: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Views that pair each row of interleaved rotary order with its place in half-split order."""
-    rest = source.shape[1:]
-    return (
-        source.view(heads, -1, 2, *rest).transpose(1, 2),
-        destination.view(heads, 2, -1, *rest),
-    )
+def _dequantise(destination: Tensor, raw: Tensor, tensor: GgufTensor) -> None:
+    dequantize_into(destination, raw, tensor.type_name, tensor.type_number, tensor.block_bytes)
