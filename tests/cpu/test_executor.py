@@ -26,8 +26,7 @@ from isthmus.contract import (
 from isthmus.errors import OutOfMemory, Unsupported
 from isthmus.executor import Executor
 from isthmus.executor.executor import StepModel
-from isthmus.executor.shapes import decode_sizes
-from isthmus.executor.split import split
+from isthmus.executor.shapes import StepShape, decode_sizes
 from isthmus.model.source import ModelSource
 from isthmus.model.spec import LayerSpec, ModelSpec, RopeSpec
 from isthmus.model.weights import load_decoder
@@ -83,6 +82,28 @@ def make_executor(
     decoder = load_decoder(source, SPEC, backend, "float32", MAX_LEN, random_weights=True, progress=False)
     caches = backend.attention.allocate([layer.attention for layer in SPEC.layers], LIMITS, "float32")
     return Executor(backend, wrap(decoder), LIMITS, caches, max_steps_in_flight=in_flight)
+
+
+class Watched:
+    """A model that notes the shape of each forward, and raises in those of given numbers or above ``room`` tokens."""
+
+    def __init__(self, model: StepModel, bad: dict[int, Exception] | None = None, room: int = TOKENS) -> None:
+        self.model, self.bad, self.room, self.calls = model, bad or {}, room, 0
+        self.shapes: list[StepShape] = []
+        self.hidden = torch.zeros(0)
+
+    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
+        self.calls += 1
+        if self.calls - 1 in self.bad:
+            raise self.bad[self.calls - 1]
+        if inputs.num_tokens > self.room:
+            raise torch.OutOfMemoryError(f"{inputs.num_tokens} tokens are too many")
+        self.shapes.append(StepShape(inputs.num_tokens, inputs.num_spans, inputs.num_samples))
+        self.hidden = self.model.forward(inputs, caches)
+        return self.hidden
+
+    def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        return self.model.logits(hidden, index)
 
 
 @dataclass
@@ -169,6 +190,11 @@ class Driver:
                 by_row[row].tokens.append(token)
 
 
+def keep(models: list[Watched], room: int = TOKENS) -> Callable[[StepModel], StepModel]:
+    """Wraps the model, and puts the wrapper where the test sees it."""
+    return lambda model: models.append(Watched(model, room=room)) or models[-1]
+
+
 def prompts(count: int = ROWS) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, SPEC.vocab_size, 1 + (7 * i) % 23).tolist() for i in range(count)]
@@ -206,23 +232,11 @@ def test_greedy_is_the_same_in_any_company(
 
 
 def test_padded_buckets_change_nothing(alone: list[list[int]]) -> None:
-    shapes: list[tuple[int, int, int]] = []
-
-    class Watch:
-        def __init__(self, model: StepModel) -> None:
-            self.model = model
-
-        def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
-            shapes.append((inputs.num_tokens, inputs.num_spans, inputs.num_samples))
-            return self.model.forward(inputs, caches)
-
-        def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-            return self.model.logits(hidden, index)
-
+    models: list[Watched] = []
     buckets = capabilities(shapes=ShapePolicy.BUCKETED, token_buckets=(8, 32, 128, 4096), span_buckets=(1, 16, 40))
-    executor = make_executor(ReferenceBackend(capabilities=buckets), wrap=Watch)
+    executor = make_executor(ReferenceBackend(capabilities=buckets), wrap=keep(models))
     assert Driver(executor, sequences(37), chunk=3).run(NUM_TOKENS) == alone[:37]
-    tokens, spans, samples = ({shape[i] for shape in shapes} for i in range(3))
+    tokens, spans, samples = ({shape[i] for shape in models[0].shapes} for i in range(3))
     assert tokens <= {8, 32, 128, TOKENS} and spans <= {1, 16, 40, ROWS} and samples <= {0, 1, 16, 40, ROWS}
     assert 40 in spans and 128 in tokens
 
@@ -238,7 +252,7 @@ def test_rows_may_share_blocks(alone: list[list[int]]) -> None:
     driver = Driver(executor, [second])
     driver.next_block = max(first.blocks) + 1
     assert driver.run(NUM_TOKENS) == [alone[3]]
-    assert driver.results[0].tokens.shape == (1, 1)
+    assert driver.results[0].tokens.shape == (1, 1) and driver.results[0].logprobs is None
 
 
 def test_rows_are_used_again(alone: list[list[int]]) -> None:
@@ -255,15 +269,10 @@ class RecordedGraph:
 
     def replay(self, num_tokens: int) -> None:
         self.replays += 1
-        copy_into(self.output, self.step())
-
-
-def copy_into(old: Any, new: Any) -> None:
-    if isinstance(old, Sampled):
-        old.tokens.copy_(new.tokens)
-        old.invalid.copy_(new.invalid)
-    else:
-        old.copy_(new)
+        old, new = self.output, self.step()
+        sampled = isinstance(old, Sampled)
+        for buffer, value in ((old.tokens, new.tokens), (old.invalid, new.invalid)) if sampled else ((old, new),):
+            buffer.copy_(value)
 
 
 class RecordingGraphs:
@@ -316,7 +325,7 @@ def test_graphs_replay_what_eager_steps_do(
         sampling=GreedySampling() if scope is GraphScope.STEP else None,
     )
     executor = make_executor(backend, in_flight=in_flight)
-    assert executor.capture() is None
+    assert executor.capture() == ()
     if any_size:
         assert graphs.order == [ROWS if scope is GraphScope.STEP else TOKENS]
     else:
@@ -359,42 +368,30 @@ def test_a_refused_capture_says_why_and_steps_run_eagerly(alone: list[list[int]]
         capabilities=capabilities(graph_scope=GraphScope.STEP), graphs=RecordingGraphs(refuse="not on Tuesdays")
     )
     executor = make_executor(backend)
-    assert executor.capture() == "not on Tuesdays"
+    assert executor.capture() == ("steps run eagerly: not on Tuesdays",)
     assert Driver(executor, sequences(5)).run(NUM_TOKENS) == alone[:5]
 
 
-def test_decode_sizes() -> None:
-    assert decode_sizes(1) == [1]
-    assert decode_sizes(3) == [1, 2, 3]
-    assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
-    assert decode_sizes(24) == [1, 2, 4, 8, 16, 24]
+def test_capture_stops_where_memory_ends(alone: list[list[int]]) -> None:
+    class Scarce(RecordingGraphs):
+        def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+            if num_tokens < 40:
+                raise torch.OutOfMemoryError("full")
+            return super().capture(step, num_tokens)
 
-
-class Faulty:
-    """Raises in the forwards of given numbers, or of more tokens than ``room``."""
-
-    def __init__(self, model: StepModel, bad: dict[int, Exception] | None = None, room: int = TOKENS) -> None:
-        self.model, self.bad, self.room = model, bad or {}, room
-        self.calls = 0
-        self.sizes: list[int] = []
-
-    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
-        self.calls += 1
-        if self.calls - 1 in self.bad:
-            raise self.bad[self.calls - 1]
-        if inputs.num_tokens > self.room:
-            raise torch.OutOfMemoryError(f"{inputs.num_tokens} tokens are too many")
-        self.sizes.append(inputs.num_tokens)
-        return self.model.forward(inputs, caches)
-
-    def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        return self.model.logits(hidden, index)
+    graphs = Scarce()
+    backend = ReferenceBackend(capabilities=capabilities(graph_scope=GraphScope.FORWARD), graphs=graphs)
+    executor = make_executor(backend)
+    (note,) = executor.capture()
+    assert "size 32" in note and "holds 40 rows" in note
+    assert Driver(executor, sequences(5)).run(NUM_TOKENS) == alone[:5]
+    assert graphs.graphs[40].replays == NUM_TOKENS - 1
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_failed_step_surfaces_alone(asynchronous: bool) -> None:
     backend = ReferenceBackend(asynchronous=asynchronous)
-    executor = make_executor(backend, in_flight=3, wrap=lambda model: Faulty(model, {1: ValueError("bad kernel")}))
+    executor = make_executor(backend, in_flight=3, wrap=lambda model: Watched(model, {1: ValueError("bad kernel")}))
     driver = Driver(executor, sequences(3))
     plans = [driver.plan(9) for _ in range(3)]
     for plan in plans:
@@ -412,19 +409,14 @@ def test_a_failed_step_surfaces_alone(asynchronous: bool) -> None:
 def test_a_step_too_large_for_memory_runs_in_pieces(
     alone: list[list[int]], room: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    models: list[Faulty] = []
-
-    def wrap(model: StepModel) -> StepModel:
-        models.append(Faulty(model, room=room))
-        return models[0]
-
+    models: list[Watched] = []
     caplog.set_level(logging.ERROR)  # the warnings are many here
     logprobs = RowSampling(max_tokens=1, num_logprobs=2, num_prompt_logprobs=1)
     whole = Driver(make_executor(), sequences(40, logprobs))
-    pieces = Driver(make_executor(wrap=wrap), sequences(40, logprobs))
+    pieces = Driver(make_executor(wrap=keep(models, room=room)), sequences(40, logprobs))
     assert whole.run(3) == [tokens[:3] for tokens in alone[:40]]
     assert pieces.run(3) == [tokens[:3] for tokens in alone[:40]]
-    assert max(models[0].sizes) <= room
+    assert max(shape.tokens for shape in models[0].shapes) <= room
     for one, other in zip(whole.results, pieces.results, strict=True):
         assert one.logprobs is not None and other.logprobs is not None
         np.testing.assert_allclose(one.logprobs.top_logprobs, other.logprobs.top_logprobs, atol=1e-4)
@@ -434,59 +426,21 @@ def test_a_step_too_large_for_memory_runs_in_pieces(
 
 
 def test_a_step_of_one_token_that_does_not_fit_fails_alone() -> None:
-    bad = {i: torch.OutOfMemoryError("full") for i in range(1)}
-    executor = make_executor(wrap=lambda model: Faulty(model, bad))
+    executor = make_executor(wrap=lambda model: Watched(model, {0: torch.OutOfMemoryError("full")}))
     driver = Driver(executor, [Sequence_(row=0, prompt=[5])])
-    first = driver.plan(9)
-    assert first is not None
-    executor.submit(first)
+    first, second = driver.plan(9), driver.plan(9)
+    assert first is not None and second is not None
     with pytest.raises(OutOfMemory, match="single token"):
-        executor.collect()
-    second = driver.plan(9)
-    assert second is not None
-    executor.submit(second)
-    assert executor.collect().step == 1
-
-
-def test_split_covers_every_position_once() -> None:
-    plan = StepPlan(
-        step=7,
-        span_rows=np.array([3, 1, 2], np.int32),
-        span_starts=np.array([0, 5, 9], np.int32),
-        span_lengths=np.array([5, 1, 4], np.int32),
-        span_samples=np.array([True, False, True]),
-    )
-    for size in range(1, 11):
-        pieces = split(plan, size)
-        assert all(0 < piece.num_tokens <= size and piece.step == 7 for piece in pieces)
-        covered = [
-            (row, start + i)
-            for piece in pieces
-            for row, start, length in zip(piece.span_rows, piece.span_starts, piece.span_lengths, strict=True)
-            for i in range(length)
-        ]
-        assert covered == [(3, i) for i in range(5)] + [(1, 5)] + [(2, 9 + i) for i in range(4)]
-        assert [row for piece in pieces for row in piece.span_rows[piece.span_samples]] == [3, 2]
+        executor.run(first)
+    assert executor.run(second).step == 1
 
 
 def all_logits(tokens: list[int]) -> torch.Tensor:
     """float32 [len(tokens), vocab] of one unchunked forward."""
-    seen: list[torch.Tensor] = []
-
-    class Watch:
-        def __init__(self, model: StepModel) -> None:
-            self.model = model
-
-        def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
-            hidden = self.model.forward(inputs, caches)
-            seen.append(self.model.logits(hidden, None))
-            return hidden
-
-        def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-            return self.model.logits(hidden, index)
-
-    Driver(make_executor(wrap=Watch), [Sequence_(row=0, prompt=tokens)]).run(1)
-    return seen[0]
+    models: list[Watched] = []
+    Driver(make_executor(wrap=keep(models)), [Sequence_(row=0, prompt=tokens)]).run(1)
+    with torch.inference_mode():
+        return models[0].logits(models[0].hidden, None)
 
 
 @pytest.mark.parametrize("chunk", [TOKENS, 5])
@@ -523,13 +477,10 @@ def test_logprobs_are_as_many_as_the_most_demanding_row_asks_for() -> None:
     for result in driver.results:
         assert result.logprobs is not None
         assert result.logprobs.chosen.shape == (3,) and result.logprobs.top_ids.shape == (3, 4)
-    plain = Driver(make_executor(), [dataclasses.replace(rows[0], blocks=[], computed=0, started=False, tokens=[])])
-    plain.run(2)
-    assert all(result.logprobs is None for result in plain.results)
 
 
 def test_a_step_that_samples_nothing_has_no_logits() -> None:
-    class NoLogits(Faulty):
+    class NoLogits(Watched):
         def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
             raise AssertionError("not needed")
 

@@ -1,4 +1,4 @@
-"""What building an executor settles on, and what it says where something does not fit."""
+"""What building an executor settles on, what it says where something does not fit, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from isthmus.contract import AttentionSpec, GraphScope, Limits, ShapePolicy, Spa
 from isthmus.errors import IsthmusError, OutOfMemory, Unsupported
 from isthmus.executor import Executor, ExecutorReport, build_executor
 from isthmus.executor.dummy import largest_plan
+from isthmus.executor.shapes import decode_sizes
 from isthmus.executor.sizing import device_budget, size_cache, unified_budget
+from isthmus.executor.split import split
 from isthmus.model.source import ModelSource
 from isthmus.model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
+from isthmus.plan import StepPlan
 from isthmus.reference import REFERENCE_CAPABILITIES, ReferenceBackend, ReferenceMemory
 
 ATTENTION = AttentionSpec(heads=2, kv_heads=1, head_dim=8, scale=8**-0.5)
@@ -223,3 +226,31 @@ def test_the_largest_plan_stays_within_its_limits(mix: SpanMix, rows: int, token
         assert plan.num_tokens == min(tokens, rows * length)
     else:
         assert len(np.unique(plan.span_lengths)) == 1
+
+
+def test_decode_sizes() -> None:
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(3) == [1, 2, 3]
+    assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert decode_sizes(24) == [1, 2, 4, 8, 16, 24]
+
+
+def test_split_covers_every_position_once() -> None:
+    plan = StepPlan(
+        step=7,
+        span_rows=np.array([3, 1, 2], np.int32),
+        span_starts=np.array([0, 5, 9], np.int32),
+        span_lengths=np.array([5, 1, 4], np.int32),
+        span_samples=np.array([True, False, True]),
+    )
+    for size in range(1, 11):
+        pieces = split(plan, size)
+        assert all(0 < piece.num_tokens <= size and piece.step == 7 for piece in pieces)
+        covered = [
+            (row, start + i)
+            for piece in pieces
+            for row, start, length in zip(piece.span_rows, piece.span_starts, piece.span_lengths, strict=True)
+            for i in range(length)
+        ]
+        assert covered == [(3, i) for i in range(5)] + [(1, 5)] + [(2, 9 + i) for i in range(4)]
+        assert [row for piece in pieces for row in piece.span_rows[piece.span_samples]] == [3, 2]

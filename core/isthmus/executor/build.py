@@ -15,7 +15,8 @@ from isthmus.config import EngineOptions
 from isthmus.contract import Backend, Capabilities, Limits, ShapePolicy
 from isthmus.errors import OutOfMemory
 from isthmus.executor.dummy import dummy_plan, largest_plan
-from isthmus.executor.executor import Executor, StepModel, is_out_of_memory
+from isthmus.executor.executor import Executor, StepModel
+from isthmus.executor.out_of_memory import is_out_of_memory
 from isthmus.executor.report import ExecutorReport
 from isthmus.executor.sizing import (
     CacheSize,
@@ -136,6 +137,7 @@ class _Build:
         self.report.warm_up_s += time.perf_counter() - began
         self._capture(executor)
         self.report.providers = self.backend.providers()
+        log.info("%s", self.report.summary())
         for note in self.report.notes:
             log.info("%s", note)
         return executor, self.report
@@ -184,9 +186,7 @@ class _Build:
             self.report.notes.append("steps run eagerly: graphs are switched off")
             return
         self.gauge.taken()
-        reason = executor.capture()
-        if reason is not None:
-            self.report.notes.append(f"steps run eagerly: {reason}")
+        self.report.notes += executor.capture()
         self.report.graph_bytes = self.gauge.taken()
         self.report.capture_s = executor.graphs.capture_s
         self.report.num_graphs = len(executor.graphs.captured)

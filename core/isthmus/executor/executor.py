@@ -24,6 +24,7 @@ from isthmus.contract import (
 from isthmus.errors import OutOfMemory, Unsupported
 from isthmus.executor.dummy import decode_plan, dummy_plan
 from isthmus.executor.graphs import Captured, StepGraphs, capture_all
+from isthmus.executor.out_of_memory import is_out_of_memory
 from isthmus.executor.prompt_logprobs import PromptLogprobs, PromptPiece, joined
 from isthmus.executor.shapes import Padding, StepShape, decode_sizes
 from isthmus.executor.split import split
@@ -216,15 +217,15 @@ class Executor:
         for plan in plans:
             self.run(plan)
 
-    def capture(self) -> str | None:
+    def capture(self) -> tuple[str, ...]:
         """Capture what the backend's capabilities allow.
 
-        Returns why it cannot, if so; steps then run eagerly.
+        Returns what could not be captured and why; such steps run eagerly or padded.
         """
         capabilities = self._backend.capabilities
         scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
         if scope is GraphScope.NONE:
-            return None
+            return ()
         if any_size:
             sizes = [self._limits.max_rows if scope is GraphScope.STEP else self._limits.max_tokens]
         else:
@@ -238,8 +239,8 @@ class Executor:
         try:
             self._graphs = self._backend.memory.launch(capture).result()
         except Unsupported as error:
-            return str(error)
-        return None
+            return (f"steps run eagerly: {error}",)
+        return self._graphs.notes
 
     def _capture_one(self, size: int) -> tuple[CapturedGraph, Any]:
         backend, scope = self._backend, self._backend.capabilities.graph_scope
@@ -285,13 +286,6 @@ def narrowed(inputs: StepInputs, samples: int) -> StepInputs:
         sample_tokens=inputs.sample_tokens[:samples],
         sample_rows=inputs.sample_rows[:samples],
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host refused an allocation; a host's allocator has no class of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def _result(plan: StepPlan, pieces: list[_Fetching]) -> StepResult:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isthmus.contract import CapturedGraph, GraphScope
+from isthmus.executor.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class StepGraphs:
     any_shape: bool = False
     captured: tuple[Captured, ...] = ()  # smallest first
     capture_s: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def find(self, tokens: int, *, decode: bool) -> Captured | None:
         """The smallest graph that holds the step, or ``None``: run it eagerly."""
@@ -44,13 +46,25 @@ def capture_all(
 ) -> StepGraphs:
     """Capture every size, the largest first so that the smaller ones fit into its memory.
 
-    Raises what ``capture`` raises, :class:`isthmus.errors.Unsupported` among it.
+    Stops where memory ends: steps below the last size captured are padded up to it.  Raises what
+    else ``capture`` raises, :class:`isthmus.errors.Unsupported` among it.
     """
     began = time.perf_counter()
-    captured = [Captured(size, *capture(size)) for size in sorted(sizes, reverse=True)]
+    captured: list[Captured] = []
+    note = ""
+    for size in sorted(sizes, reverse=True):
+        try:
+            captured.insert(0, Captured(size, *capture(size)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            smallest = f"; the smallest graph holds {captured[0].size} rows" if captured else ": steps run eagerly"
+            note = f"no memory was left to capture a graph of size {size}{smallest}"
+            break
     return StepGraphs(
         scope=scope,
         any_shape=any_shape,
-        captured=tuple(reversed(captured)),
+        captured=tuple(captured),
         capture_s=time.perf_counter() - began,
+        notes=(note,) if note else (),
     )

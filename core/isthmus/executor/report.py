@@ -24,3 +24,15 @@ class ExecutorReport:
     providers: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Downgrades and choices, each with its reason."""
+
+    def summary(self) -> str:
+        """Where the memory went, in one line."""
+        parts = {
+            f"weights ({self.dtype})": self.weights_bytes,
+            "workspace": self.workspace_bytes,
+            f"KV cache ({self.kv_dtype})": self.kv_bytes,
+            f"{self.num_graphs} graphs": self.graph_bytes,
+        }
+        ledger = ", ".join(f"{name} {taken / 2**30:.2f} GiB" for name, taken in parts.items() if taken)
+        times = f"loaded in {self.load_s:.1f} s, warm in {self.warm_up_s:.1f} s"
+        return f"{ledger}; {times}" + (f", captured in {self.capture_s:.1f} s" if self.num_graphs else "")

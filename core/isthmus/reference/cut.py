@@ -26,8 +26,8 @@ CANDIDATES: Final = 256
 """Likeliest tokens looked at first: a cut that falls among them needs no sort of the vocabulary."""
 MORE_CANDIDATES: Final = 8192
 """Looked at next, before the whole vocabulary."""
-NOISE_ROWS: Final = 4
-"""Rows of whole-vocabulary noise made at once, to stay in a processor's cache."""
+NOISE_AT_ONCE: Final = 2**18
+"""Numbers of noise made at once for whole vocabularies, to stay in a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _draw_free(x: Tensor, index: Tensor, rows: CutRows) -> Tensor:
     """Draw among the whole vocabulary, less what ``min_p`` cuts."""
     vocabulary = token_keys(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
     drawn = []
-    for piece in torch.split(index, NOISE_ROWS):
+    for piece in torch.split(index, max(NOISE_AT_ONCE // x.shape[1], 1)):
         values = x[piece]
         threshold = values.amax(dim=-1, keepdim=True) + rows.min_p[piece].log()[:, None]
         score = gumbel_noise(rows.keys[piece][:, None], vocabulary).add_(values)
