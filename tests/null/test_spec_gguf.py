@@ -91,6 +91,14 @@ def test_counts_given_for_each_layer(tmp_path: Path) -> None:
         ({"llama__attention__head_count_kv": 3}, ModelError, r"a divisor of the number of heads \(2\)"),
         ({"llama__attention__value_length": 8}, UnsupportedModel, "values of another size than keys"),
         ({"llama__rope__scaling__type": "odd"}, UnsupportedModel, "rotary scaling 'odd' is not supported"),
+        ({"llama__rope__dimension_count": 18}, ModelError, r"'rope\.dimension_count' is 18; .* at most .* \(16\)"),
+        ({"llama__rope__freq_base": 1.0}, ModelError, r"'rope\.freq_base' is 1\.0; it must be more than 1"),
+        (
+            {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0},
+            ModelError,
+            r"'rope\.scaling\.factor' is 0\.0; it must be more than 0",
+        ),
+        ({"split__count": 3}, UnsupportedModel, "is one of 3 parts, .* join them"),
         ({"tokenizer__ggml__eos_token_id": "two"}, ModelError, "eos_token_id is 'two'; it must be an integer"),
     ],
 )

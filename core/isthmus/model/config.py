@@ -242,7 +242,7 @@ def find_architecture(config: Mapping[str, Any], where: str) -> tuple[str, Archi
     name = listed[0]
     if name not in ARCHITECTURES:
         raise unsupported(name, where, list(ARCHITECTURES))
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise UnsupportedModel(

@@ -71,10 +71,12 @@ class Decoder:
         self._ops = ops
         self._attention = attention
 
-    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[Any], wanted: Tensor | None = None) -> Tensor:
         """Run the step's tokens through all layers, writing their keys and values to ``caches``, one a layer.
 
-        Returns hidden [tokens, hidden] as the last layer leaves it, before the final norm.
+        Returns hidden [tokens, hidden] as the last layer leaves it, before the final norm; or only
+        the rows ``wanted`` (an int32 index), and then nothing of the others is computed after the
+        last layer's attention.
         """
         ops, attention, epsilon = self._ops, self._attention, self.spec.norm_epsilon
         plan = attention.plan(inputs)
@@ -87,7 +89,10 @@ class Decoder:
                 x, residual = ops.add_rms_norm(delta, residual, layer.attention_norm, epsilon)
             qkv = ops.linear(x, layer.qkv)
             query = attention.rotate_and_store(qkv, cache, layer.attention, layer.rotary, layer.qk_norm, inputs)
-            delta = ops.linear(attention.attend(query, cache, layer.attention, plan, inputs), layer.output)
+            attended = attention.attend(query, cache, layer.attention, plan, inputs)
+            if wanted is not None and layer is self.layers[-1]:
+                attended, residual = ops.take_rows(attended, wanted), ops.take_rows(residual, wanted)
+            delta = ops.linear(attended, layer.output)
             if layer.post_attention_norm is not None:
                 delta = ops.rms_norm(delta, layer.post_attention_norm, epsilon)
             x, residual = ops.add_rms_norm(delta, residual, layer.mlp_norm, epsilon)

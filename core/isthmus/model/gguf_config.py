@@ -93,6 +93,11 @@ def names_of(hf_name: str) -> WeightNames:
 def spec_from_gguf(file: GgufFile) -> ModelSpec:
     """Raises :class:`ModelError` or :class:`UnsupportedModel`, naming the file and the key."""
     name, architecture = find_architecture(file)
+    parts = file.metadata.get("split.count", 1)
+    if parts != 1:
+        raise UnsupportedModel(
+            f"{file.path} is one of {parts} parts, which are not read; join them with `llama-gguf-split --merge`"
+        )
     return _Reader(file, name, architecture).spec()
 
 
@@ -191,23 +196,37 @@ class _Reader:
     def _ropes(self) -> tuple[RopeSpec, ...]:
         fields = self.fields
         rotary_dim = fields.integer("rope.dimension_count", self.head_dim)
-        full = RopeSpec(theta=fields.number("rope.freq_base", 10000.0), rotary_dim=rotary_dim, **self._scaling())
+        if rotary_dim % 2 or rotary_dim > self.head_dim:
+            raise fields.error("rope.dimension_count", f"even, and at most the size of a head ({self.head_dim})")
+        full = RopeSpec(theta=self._theta("rope.freq_base"), rotary_dim=rotary_dim, **self._scaling(rotary_dim // 2))
         if not self.architecture.local_theta:
             return (full,)
-        local = fields.number("rope.freq_base_swa", self.architecture.local_theta)
+        local = self._theta("rope.freq_base_swa", self.architecture.local_theta)
         return full, RopeSpec(theta=local, rotary_dim=rotary_dim)
 
-    def _scaling(self) -> dict[str, Any]:
+    def _theta(self, key: str, default: float = 10000.0) -> float:
+        theta = self.fields.number(key, default)
+        if theta <= 1:
+            raise self.fields.error(key, "more than 1")
+        return theta
+
+    def _factors(self, name: str, count: int) -> tuple[float, ...] | None:
+        found = self.file.floats(name)
+        if found is not None and (len(found) != count or not all(0 < value < math.inf for value in found)):
+            raise ModelError(f"{self.file.path}: {name} must hold {count} numbers, each more than 0")
+        return found
+
+    def _scaling(self, count: int) -> dict[str, Any]:
         """Scaling by metadata, or by factors that the file holds as tensors."""
         fields = self.fields
         longest = float(fields.integer("context_length"))
-        original = fields.number("rope.scaling.original_context_length", longest)
+        original = max(2.0, fields.number("rope.scaling.original_context_length", longest))
         parameters: dict[str, Any] = {
             "max_position_embeddings": longest,
             "original_max_position_embeddings": original,
         }
-        divisors = self.file.floats("rope_freqs.weight")
-        short, long = (self.file.floats(f"rope_factors_{kind}.weight") for kind in ("short", "long"))
+        divisors = self._factors("rope_freqs.weight", count)
+        short, long = (self._factors(f"rope_factors_{kind}.weight", count) for kind in ("short", "long"))
         if divisors is not None:
             return {
                 "kind": "longrope",
@@ -231,7 +250,10 @@ class _Reader:
         if kind not in ("linear", "yarn"):
             raise UnsupportedModel(f"{fields.where}: rotary scaling {kind!r} is not supported; supported: linear, yarn")
         key = "rope.scaling.factor" if "rope.scaling.factor" in fields.values else "rope.scale_linear"
-        return {"kind": kind, "parameters": {**parameters, "factor": fields.number(key)}}
+        factor = fields.number(key)
+        if not factor:
+            raise fields.error(key, "more than 0")
+        return {"kind": kind, "parameters": {**parameters, "factor": factor}}
 
     def _dtype(self) -> str:
         """Quantised files compute well in bfloat16: its rounding is far below theirs."""

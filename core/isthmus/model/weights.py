@@ -5,6 +5,7 @@ At most one weight, and what the backend makes of it, exists besides those alrea
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Final, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from isthmus.contract.parts import Backend, QkNorm, RotarySpec
-from isthmus.errors import ModelError
+from isthmus.errors import ModelError, OutOfMemory
 from isthmus.model import config, gguf_config
 from isthmus.model.checkpoint import Checkpoint, open_checkpoint
 from isthmus.model.decoder import Decoder, Ends, Experts, Layer, Mlp
@@ -41,14 +42,14 @@ def load_decoder(
 
     Rotary tables reach ``max_positions``.  ``random_weights`` reads no weight file.  ``progress`` draws a bar on
     standard error.  Raises :class:`ModelError` naming the file and tensor that is missing, cut off, unknown or of
-    a wrong shape; all are looked for before the first is read.
+    a wrong shape; all are looked for before the first is read.  Raises :class:`OutOfMemory`.
     """
     if dtype not in DTYPES:
         raise ModelError(f"the dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     weight_names = _names(source, spec)
     if random_weights:
         layout = layout_of(spec, weight_names, ())
-        return _Loader(spec, backend, RandomFiller(backend.memory.device), DTYPES[dtype]).load(layout, max_positions)
+        return _load(spec, backend, RandomFiller(backend.memory.device), dtype, layout, max_positions)
     checkpoint = open_checkpoint(source)
     try:
         layout = layout_of(spec, weight_names, checkpoint.shapes.keys())
@@ -57,9 +58,26 @@ def load_decoder(
         with tqdm(
             total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress, file=sys.stderr
         ) as bar:
-            return _Loader(spec, backend, CheckpointFiller(checkpoint, bar), DTYPES[dtype]).load(layout, max_positions)
+            return _load(spec, backend, CheckpointFiller(checkpoint, bar), dtype, layout, max_positions)
     finally:
         checkpoint.close()
+
+
+def _load(spec: ModelSpec, backend: Backend, filler: Filler, dtype: str, layout: Layout, max_positions: int) -> Decoder:
+    """Load, unless it cannot fit; running out on the way is the same error."""
+    needed = sum(math.prod(part.shape) for part in layout.parts()) * DTYPES[dtype].itemsize
+    total = backend.memory.total_bytes()
+    advice = "take a smaller model, or a shorter dtype"
+    if 0 < total < needed:
+        raise OutOfMemory(
+            f"the weights take {needed / 1e9:.1f} GB as {dtype}; the device has {total / 1e9:.1f} GB: {advice}"
+        )
+    try:
+        return _Loader(spec, backend, filler, DTYPES[dtype]).load(layout, max_positions)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the weights take {needed / 1e9:.1f} GB as {dtype}; the device ran out of memory: {advice}"
+        ) from error
 
 
 def _names(source: ModelSource, spec: ModelSpec) -> WeightNames:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from isthmus.errors import ModelError, UnsupportedModel
+from isthmus.errors import ModelError, OutOfMemory, UnsupportedModel
 from isthmus.model.read_file import PIECE_BYTES, FileReader
 from isthmus.model.source import read_spec, resolve_model
 from isthmus.model.weights import load_decoder
-from isthmus.reference import ReferenceBackend
+from isthmus.reference import ReferenceBackend, ReferenceMemory, ReferenceOps
 
 UP = "model.layers.1.mlp.up_proj.weight"
 INDEX = "model.safetensors.index.json"
@@ -207,6 +207,32 @@ def test_random_weights_of_experts_and_gemma(make_model: Callable[..., Any], tmp
     make_model("Gemma3", sliding_window=8).save_pretrained(tmp_path / "gemma")
     assert load(tmp_path / "mixtral", random_weights=True).layers[0].experts.weights.gate_up.std() > 0.1
     assert torch.equal(load(tmp_path / "gemma", random_weights=True).ends.final_norm, torch.ones(64))
+
+
+class SmallMemory(ReferenceMemory):
+    def total_bytes(self) -> int:
+        return 100_000
+
+
+def test_weights_that_cannot_fit_are_refused_before_any_is_read(llama: Path) -> None:
+    source = resolve_model(str(llama))
+    backend = ReferenceBackend(memory=SmallMemory(torch.device("cpu")))
+    with pytest.raises(
+        OutOfMemory, match=r"the weights take 0\.0 GB as float32; the device has 0\.0 GB: take a smaller"
+    ):
+        load_decoder(source, read_spec(source), backend, "float32", 64, progress=False)
+
+
+class FullOps(ReferenceOps):
+    def prepare_norm(self, weight: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_running_out_on_the_way_is_the_same_error(llama: Path) -> None:
+    source = resolve_model(str(llama))
+    backend = ReferenceBackend(ops=FullOps(torch.device("cpu")))
+    with pytest.raises(OutOfMemory, match="the device ran out of memory"):
+        load_decoder(source, read_spec(source), backend, "float32", 64, progress=False)
 
 
 def test_the_bar_counts_every_byte(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
