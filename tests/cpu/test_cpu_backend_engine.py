@@ -114,7 +114,7 @@ def generate(
     flight = backend.capabilities.max_steps_in_flight
     executor = Executor(backend, decoder, limits, caches, max_steps_in_flight=flight)
     if graphs:
-        assert executor.capture() is None
+        assert not executor.capture()
     scheduler = Scheduler(
         SchedulerLimits(
             max_num_seqs=rows, max_num_batched_tokens=max_tokens, max_model_len=MAX_LEN, steps_in_flight=flight

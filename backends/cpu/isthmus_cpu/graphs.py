@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.contract import CapturedGraph
 from isthmus.errors import Unsupported
@@ -20,6 +20,12 @@ from isthmus_cpu.library import Op, Pool
 from isthmus_cpu.runner import Record, Runner, Trace
 
 T = TypeVar("T")
+
+READS: Final = frozenset(
+    {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
+)
+"""What looks at values, which there are none of while tracing."""
+WRITES: Final = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
 
 
 class Tape:
@@ -42,8 +48,9 @@ class Tape:
 class TapeGraphs:
     """:class:`isthmus.contract.Graphs` of compiled kernels.
 
-    A step is traced without computing; what it would have allocated is then laid out in one arena,
-    memory being used again as soon as nothing reads it any more.
+    A step is traced without computing, so that its output holds nothing before the first replay.  What
+    it would have allocated is then laid out in one arena, memory being used again as soon as nothing
+    reads it any more.
     """
 
     def __init__(self, pool: Pool, runner: Runner, inputs: PanelInputs, panel: int) -> None:
@@ -56,14 +63,12 @@ class TapeGraphs:
         trace = Trace(self._inputs.row_counts())
         self._runner.trace = trace
         try:
-            with OnlyViews():  # type: ignore[no-untyped-call]
+            with OnlyViews():
                 output = step()
         finally:
             self._runner.trace = None
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        tape = self._finish(trace, outputs)
-        tape.replay(self._inputs.counts.tokens)
-        return tape, output
+        return self._finish(trace, outputs), output
 
     def _finish(self, trace: Trace, outputs: list[Tensor]) -> Tape:
         for tensor in outputs:
@@ -89,17 +94,29 @@ class TapeGraphs:
         return Tape(self._pool, ops, self._inputs, constants)
 
 
-class OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises :class:`Unsupported` for torch arithmetic: a trace would not see it."""
+class OnlyViews(TorchFunctionMode):
+    """Raises :class:`Unsupported` for torch arithmetic: a trace would not see it.
 
-    def __torch_dispatch__(
+    Not a dispatch mode, because the first of those in a process imports torch's compiler, which takes
+    longer than loading a small model.
+    """
+
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        returns = func._schema.returns
-        is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if not is_view and func is not torch.ops.aten.empty.memory_format:
-            raise Unsupported(f"a captured step may not call torch's {func.name()}: the trace would not see it")
-        return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if func is torch.empty:
+            return func(*args, **(kwargs or {}))
+        if name in READS or (name.endswith("_") and not name.endswith("__")) or name in WRITES:
+            raise Unsupported(f"a captured step may not call torch's {name}: the trace would not see it")
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor | tuple | list):
+            return result
+        given = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
+                raise Unsupported(f"a captured step may not call torch's {name}: the trace would not see it")
+        return result
 
 
 def _lives(trace: Trace, records: list[Record], kept: set[int]) -> dict[int, Life]:

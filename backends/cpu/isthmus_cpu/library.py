@@ -85,7 +85,7 @@ class Library:
         loaded.isthmus_pool_open.argtypes = (ctypes.c_int,)
         loaded.isthmus_pool_close.argtypes = (ctypes.c_void_p,)
         loaded.isthmus_pool_close.restype = None
-        loaded.isthmus_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+        loaded.isthmus_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
         loaded.isthmus_run.restype = None
         loaded.isthmus_packed_bytes.restype = ctypes.c_int64
         loaded.isthmus_packed_bytes.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
@@ -113,9 +113,15 @@ class Pool:
         self._handle = self._calls.isthmus_pool_open(threads)
         self._no_counts = Counts()
 
-    def run(self, ops: ctypes.Array[Op] | Op, length: int = 1, counts: Counts | None = None) -> None:
-        """``counts`` is read at the start; operations whose rows are FIXED need none."""
-        self._calls.isthmus_run(self._handle, ctypes.byref(ops), length, ctypes.byref(counts or self._no_counts))
+    def run(
+        self, ops: ctypes.Array[Op] | Op, length: int = 1, counts: Counts | None = None, *, alone: bool = False
+    ) -> None:
+        """``counts`` is read at the start; operations whose rows are FIXED need none.
+
+        ``alone`` runs on the calling thread: for work that is over before another thread would wake.
+        """
+        step = self._no_counts if counts is None else counts
+        self._calls.isthmus_run(self._handle, ctypes.byref(ops), length, ctypes.byref(step), alone)
 
     def close(self) -> None:
         if self._handle is not None:

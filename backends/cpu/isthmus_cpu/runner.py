@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from isthmus.errors import Unsupported
 from isthmus_cpu.library import Kind, Op, Pool, Rows, make_op
 
 Pointer: TypeAlias = Tensor | None
+
+LIGHT: Final = frozenset({Kind.RMS_NORM, Kind.ADD_RMS_NORM, Kind.ADD, Kind.TAKE_ROWS, Kind.PLAN_ATTENTION, Kind.ARGMAX})
+"""Operations that read each element about once."""
+LIGHT_ELEMENTS: Final = 1 << 16
+"""As many as one thread goes through in the time in which another wakes."""
 
 
 @dataclass(slots=True)
@@ -98,7 +103,8 @@ class Runner:
         addresses = [0 if pointer is None else pointer.data_ptr() for pointer in pointers]
         count = like.shape[0] if rows is None else rows
         if self.trace is None:
-            self._pool.run(make_op(kind, count, addresses, integers, floats))
+            alone = kind in LIGHT and like.numel() <= LIGHT_ELEMENTS
+            self._pool.run(make_op(kind, count, addresses, integers, floats), alone=alone)
             return
         source = self.trace.rows_of(like) if rows_from is None else rows_from
         self.trace.records.append(Record(make_op(kind, count, addresses, integers, floats, source), pointers))

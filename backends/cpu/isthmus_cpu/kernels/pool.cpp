@@ -2,6 +2,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -19,6 +20,8 @@ static inline void relax() {
 #endif
 }
 
+constexpr std::chrono::microseconds kLinger{60};
+
 struct Scratch {
   void* memory = nullptr;
   size_t bytes = 0;
@@ -33,42 +36,55 @@ struct Pool {
     {
       std::lock_guard<std::mutex> lock(mutex);
       stopping = true;
-      generation++;
+      generation.fetch_add(1, std::memory_order_release);
     }
     wake.notify_all();
     for (auto& thread : threads) thread.join();
   }
 
-  void run(const Op* tape, int64_t length, const Counts& step) {
+  // `alone`: on the calling thread, for work that is not worth waking others for.
+  void run(const Op* tape, int64_t length, const Counts& step, bool alone) {
     std::lock_guard<std::mutex> one_run(running);
     ops = tape;
     num_ops = length;
     counts = step;
     next.store(0, std::memory_order_relaxed);
-    if (count > 1) {
+    if (!alone && count > 1) {
       {
         std::lock_guard<std::mutex> lock(mutex);
-        generation++;
+        generation.fetch_add(1, std::memory_order_release);
       }
       wake.notify_all();
     }
-    play(0);
+    play(0, alone ? 1 : count);
   }
 
-  void play(int index);
+  void play(int index, int playing);
   void arrive();
 
   void loop(int index) {
     uint64_t seen = 0;
     for (;;) {
+      linger(seen);
       {
         std::unique_lock<std::mutex> lock(mutex);
-        wake.wait(lock, [&] { return generation != seen; });
-        seen = generation;
+        wake.wait(lock, [&] { return generation.load(std::memory_order_relaxed) != seen; });
+        seen = generation.load(std::memory_order_relaxed);
         if (stopping) return;
       }
-      play(index);
+      play(index, count);
     }
+  }
+
+  // The next run of a step often follows within microseconds, sooner than a sleeper would wake.
+  void linger(uint64_t seen) {
+    const auto until = std::chrono::steady_clock::now() + kLinger;
+    do {
+      for (int n = 0; n < 16; n++) {
+        if (generation.load(std::memory_order_acquire) != seen) return;
+        relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
   }
 
   const int count;
@@ -76,7 +92,7 @@ struct Pool {
   std::vector<std::thread> threads;
   std::mutex running, mutex;
   std::condition_variable wake;
-  uint64_t generation = 0;
+  std::atomic<uint64_t> generation{0};
   bool stopping = false;
   const Op* ops = nullptr;
   int64_t num_ops = 0;
@@ -89,10 +105,6 @@ struct Pool {
 // The last to arrive opens the next phase.  A waiter spins for a while, then gives its core away at
 // every look, because whoever is late may be waiting for that very core.
 void Pool::arrive() {
-  if (count == 1) {
-    next.store(0, std::memory_order_relaxed);
-    return;
-  }
   const uint32_t now = phase.load(std::memory_order_relaxed);
   if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
     arrived.store(0, std::memory_order_relaxed);
@@ -122,24 +134,30 @@ void* Worker::scratch(size_t bytes) {
 
 int64_t Worker::take(int64_t chunk) { return pool->next.fetch_add(chunk, std::memory_order_relaxed); }
 
-void Worker::barrier() { pool->arrive(); }
+void Worker::barrier() {
+  if (count == 1) {
+    pool->next.store(0, std::memory_order_relaxed);
+  } else {
+    pool->arrive();
+  }
+}
 
 static const Kernel kKernels[kKinds] = {
     run_embed,      run_rms_norm,       run_add_rms_norm, run_add,     run_gated,   run_take_rows, run_linear,
     run_rotate_store, run_plan_attention, run_attend,       run_experts, run_softcap, run_argmax,
 };
 
-void Pool::play(int index) {
+void Pool::play(int index, int playing) {
   // Copies: once the last barrier is passed, the next run may already be written here.
   const Op* const tape = ops;
   const int64_t length = num_ops;
   const Counts step = counts;
-  Worker worker{this, index, count};
+  Worker worker{this, index, playing};
   for (int64_t n = 0; n < length; n++) {
     const Op& op = tape[n];
     const int64_t numbers[] = {op.fixed, step.tokens, step.spans, step.samples};
     kKernels[op.kind](op, numbers[op.rows], worker);
-    arrive();
+    worker.barrier();
   }
 }
 
@@ -149,7 +167,9 @@ Pool* isthmus_pool_open(int threads) { return new (std::nothrow) Pool(threads); 
 
 void isthmus_pool_close(Pool* pool) { delete pool; }
 
-void isthmus_run(Pool* pool, const Op* ops, int64_t length, const Counts* counts) { pool->run(ops, length, *counts); }
+void isthmus_run(Pool* pool, const Op* ops, int64_t length, const Counts* counts, int alone) {
+  pool->run(ops, length, *counts, alone != 0);
+}
 
 // So that the caller can check that it lays records out as this library does.
 int isthmus_op_bytes() { return int(sizeof(Op)); }
