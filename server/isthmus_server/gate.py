@@ -12,8 +12,8 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from isthmus_server.access import PUBLIC_PATHS, Keys
-from isthmus_server.api_error import ApiError, api_error
-from isthmus_server.settings import MAX_BODY_BYTES
+from isthmus_server.api_error import ApiError, api_error, unavailable
+from isthmus_server.settings import MAX_BODY_BYTES, MAX_BUFFERED_BYTES
 from isthmus_server.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Gate:
         self._keys = keys
         self._telemetry = telemetry
         self._access_log = access_log
+        self._bodies = _Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -53,30 +54,66 @@ class Gate:
         started_s = time.monotonic()
         request_id = _request_id(scope)
         scope[REQUEST_ID] = request_id.decode()
-        status = 0
-
-        async def tagged(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
-            await send(message)
-
+        exchange = _Exchange(receive, send, request_id, self._bodies)
         try:
             scope[KEY_DIGEST] = self._keys.check(scope)
             _check_length(scope)
-            await self._app(scope, _bounded(receive), tagged)
+            await self._app(scope, exchange.receive, exchange.send)
         except Exception as error:
             if not isinstance(error, ApiError):
-                logger.exception("request %s failed", request_id.decode())
-            if status:
+                logger.exception("request %s failed", scope[REQUEST_ID])
+            if exchange.status:
                 raise
-            await send_error(api_error(error), scope, tagged)
+            await send_error(api_error(error), scope, exchange.send)
         finally:
-            took_s = time.monotonic() - started_s
-            self._telemetry.saw_http(_handler(scope), _method(scope), status or GONE, took_s)
+            exchange.end()
+            status, took_s = exchange.status or GONE, time.monotonic() - started_s
+            self._telemetry.saw_http(_handler(scope), _method(scope), status, took_s)
             if self._access_log and scope["path"] not in PUBLIC_PATHS:
-                access_logger.info("%s", _access_line(scope, status or GONE, took_s))
+                access_logger.info("%s", _access_line(scope, status, took_s))
+
+
+class _Bodies:
+    """What the bodies of all requests in progress take."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+
+class _Exchange:
+    """One request's two directions: bounds what comes, marks what goes."""
+
+    def __init__(self, receive: Receive, send: Send, request_id: bytes, bodies: _Bodies) -> None:
+        self._receive = receive
+        self._send = send
+        self._request_id = request_id
+        self._bodies = bodies
+        self._received = 0
+        self.status = 0
+        """0 until the answer starts."""
+
+    async def receive(self) -> Message:
+        """Raises :class:`ApiError` as soon as too much has come, whatever the headers promised."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self._received += size
+            self._bodies.num_bytes += size
+            if self._received > MAX_BODY_BYTES:
+                raise _too_large()
+            if self._bodies.num_bytes > MAX_BUFFERED_BYTES:
+                raise unavailable("too many large requests at a time", "queue_full")
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", ()), (b"x-request-id", self._request_id)]
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    def end(self) -> None:
+        self._bodies.num_bytes -= self._received
 
 
 async def send_error(error: ApiError, scope: Scope, send: Send) -> None:
@@ -125,22 +162,6 @@ def _check_length(scope: Scope) -> None:
         # Digits beyond any size we take need not become a number.
         if name == b"content-length" and (len(value) > 12 or not value.isdigit() or int(value) > MAX_BODY_BYTES):
             raise _too_large()
-
-
-def _bounded(receive: Receive) -> Receive:
-    """``receive``, ending with 413 as soon as too much has come, whatever the headers promised."""
-    received = 0
-
-    async def counted() -> Message:
-        nonlocal received
-        message = await receive()
-        if message["type"] == "http.request":
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise _too_large()
-        return message
-
-    return counted
 
 
 def _handler(scope: Scope) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import stat
 from pathlib import Path
@@ -22,6 +23,13 @@ def address(sock: socket.socket) -> str:
         return f"unix:{name}"
     host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
     return f"http://{host}:{name[1]}"
+
+
+def is_reachable(sock: socket.socket) -> bool:
+    """Whether other machines may get here."""
+    if sock.family == socket.AF_UNIX:
+        return False
+    return not ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:

@@ -16,7 +16,7 @@ from isthmus.engine.client import AsyncEngineClient
 from isthmus.model.source import resolve_model
 from isthmus_server.api_error import unavailable
 from isthmus_server.lifecycle import Phase
-from isthmus_server.listening import address, listen
+from isthmus_server.listening import address, is_reachable, listen
 from isthmus_server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -204,4 +204,6 @@ class ServerProcess:
             time.monotonic() - self._started_s,
         )
         logger.info("Serving on %s", address(self._sock))
+        if not service.keys.required and is_reachable(self._sock):
+            logger.warning("Whoever reaches this address may use the model: no --api-key is set")
         logger.info("Application startup complete.")

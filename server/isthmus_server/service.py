@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from isthmus.engine.messages import AddRequest
+from isthmus.errors import QueueFull
 from isthmus.sampling_params import SamplingParams
 from isthmus.text.request import Prompt, RequestBuilder
 from isthmus.text.tokenizer import Tokenizer
@@ -88,6 +89,17 @@ class Service:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def require_room(self) -> None:
+        """Before a body is even read: whether a new request may start, as far as the last heartbeat tells.
+
+        Raises :class:`ApiError` with 503, and :class:`isthmus.errors.QueueFull`: refusing has to be
+        cheap when there is too much to do.
+        """
+        self.lifecycle.require_accepting()
+        stats, most = self.engine.stats, self.engine.ready.max_waiting
+        if stats is not None and stats.num_waiting >= most:
+            raise QueueFull(f"{stats.num_waiting} requests wait already, and {most} may; try again later")
 
     def check_model(self, name: str | None) -> None:
         """Raises :class:`ApiError` with 404 for a model that is not served here."""

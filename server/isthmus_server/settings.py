@@ -9,6 +9,8 @@ from typing import Final
 from isthmus.config import EngineOptions
 
 MAX_BODY_BYTES: Final = 32 * 2**20
+MAX_BUFFERED_BYTES: Final = 2**30
+"""Of all bodies together: what a flood of large requests may take."""
 MAX_HEADER_BYTES: Final = 64 * 2**10
 MAX_HEADERS: Final = 100
 

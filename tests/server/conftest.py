@@ -49,7 +49,7 @@ class RunningServer:
 
     def wait_ready(self, timeout_s: float = 30.0) -> RunningServer:
         self.wait_log(READY_LINE, timeout_s)
-        found = re.search(r"Serving on (http://\S+)", self.text())
+        found = re.search(r"Serving on (http://\S+)", self.text().replace("0.0.0.0", "127.0.0.1"))
         assert found is not None
         self.url = found[1]
         return self

@@ -12,6 +12,7 @@ import pytest
 
 from isthmus.engine.messages import EngineStats
 from isthmus.errors import InvalidRequest, QueueFull
+from isthmus_server import gate
 from isthmus_server.api_error import unavailable
 from isthmus_server.app import create_app
 from isthmus_server.lifecycle import Phase
@@ -61,6 +62,28 @@ async def test_a_full_queue_says_when_to_come_back(client: httpx.AsyncClient, en
         'vllm:admission_rejections_total{model_name="toy",reason="queue_full"} 1.0'
         in (await client.get("/metrics")).text
     )
+
+
+async def test_a_queue_known_to_be_full_costs_the_engine_nothing(client: httpx.AsyncClient, engine: Any) -> None:
+    now = time.monotonic()
+    engine.stats = EngineStats(monotonic_s=now, last_progress_s=now, num_waiting=engine.ready.max_waiting)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = await client.post(path, content=b"not even JSON")
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "queue_full"
+        assert "retry-after" in answer.headers
+    assert not engine.requests
+
+
+async def test_bodies_are_bounded_together(
+    make_service: MakeService, app_client: AppClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "MAX_BUFFERED_BYTES", 5000)
+    async with app_client(make_service()) as client:
+        small, large = {"prompt": "x"}, {"prompt": "x", "user": "y" * 200, "metadata": "z" * 6000}
+        for _ in range(3):  # what one request held is given back at its end
+            assert (await client.post("/v1/completions", json={**large, "metadata": "z" * 3000})).status_code == 200
+        assert (await client.post("/v1/completions", json=large)).status_code == 503
+        assert (await client.post("/v1/completions", json=small)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -60,13 +60,13 @@ def test_a_killed_engine_is_told_to_every_client(start_server: Any) -> None:
 
 
 def test_a_stopped_engine_fails_liveness_until_it_goes_on(start_server: Any) -> None:
-    server = start_server(*SLOW, "--stuck-after-s", "1.5")
+    server = start_server(*SLOW, "--stuck-after-s", "1")
     engine = psutil.Process(server.engine_pid())
 
     async def scene() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
             begun = asyncio.Event()
-            stream = asyncio.create_task(read_stream(client, {**LONG, "max_tokens": 200}, begun))
+            stream = asyncio.create_task(read_stream(client, {**LONG, "max_tokens": 100}, begun))
             await begun.wait()
             engine.suspend()
             stopped = time.monotonic()
@@ -74,7 +74,7 @@ def test_a_stopped_engine_fails_liveness_until_it_goes_on(start_server: Any) -> 
             while (await client.get("/livez")).status_code == 200:
                 assert time.monotonic() - stopped < 5
                 await asyncio.sleep(0.05)
-            assert time.monotonic() - stopped > 1
+            assert time.monotonic() - stopped > 0.5
             engine.resume()
             assert last_frame(await stream) == "[DONE]"
             assert (await client.get("/livez")).status_code == 200
@@ -114,7 +114,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start_server:
 
 
 def test_in_the_grace_period_requests_are_still_taken(start_server: Any) -> None:
-    server = start_server("--drain-grace-s", "1.5")
+    server = start_server("--drain-grace-s", "0.8")
     with httpx.Client(base_url=server.url, timeout=10) as client:
         server.terminate()
         while client.get("/readyz").status_code == 200:
@@ -154,16 +154,15 @@ def test_a_signal_while_loading_ends_at_once(start_server: Any) -> None:
 
 
 def test_the_line_comes_when_a_request_would_be_answered(start_server: Any) -> None:
-    server = start_server(ready=False)
-    server.wait_ready()
+    server = start_server("--host", "0.0.0.0", ready=False).wait_ready()
+    assert "no --api-key is set" in server.text()
     with httpx.Client(base_url=server.url) as client:
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
         assert client.get("/readyz").status_code == 200
     assert server.text().count("Application startup complete.") == 1
 
 
-def test_sockets_are_local_and_private(start_server: Any) -> None:
-    server = start_server()
+def test_sockets_are_local_and_private(server: Any) -> None:
     process = psutil.Process(server.process.pid)
     listening = [
         connection

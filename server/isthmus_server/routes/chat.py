@@ -28,7 +28,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         arrival_s = time.monotonic()
-        service.lifecycle.require_accepting()
+        service.require_room()
         body = await read_model(request, ChatRequest)
         service.check_model(body.model)
         body.require_supported()

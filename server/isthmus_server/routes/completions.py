@@ -29,7 +29,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
     )
     async def completions(request: Request) -> Response:
         arrival_s = time.monotonic()
-        service.lifecycle.require_accepting()
+        service.require_room()
         body = await read_model(request, CompletionRequest)
         service.check_model(body.model)
         body.require_supported()
