@@ -92,7 +92,7 @@ class Watched:
         self.shapes: list[StepShape] = []
         self.hidden = torch.zeros(0)
 
-    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, caches: Sequence[Any], wanted: torch.Tensor | None = None) -> torch.Tensor:
         self.calls += 1
         if self.calls - 1 in self.bad:
             raise self.bad[self.calls - 1]
@@ -100,7 +100,11 @@ class Watched:
             raise torch.OutOfMemoryError(f"{inputs.num_tokens} tokens are too many")
         self.shapes.append(StepShape(inputs.num_tokens, inputs.num_spans, inputs.num_samples))
         self.hidden = self.model.forward(inputs, caches)
-        return self.hidden
+        if wanted is None:
+            return self.hidden
+        rows = self.model.forward(inputs, caches, wanted)
+        torch.testing.assert_close(rows, self.hidden[wanted], atol=1e-5, rtol=1e-5)
+        return rows
 
     def logits(self, hidden: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
         return self.model.logits(hidden, index)

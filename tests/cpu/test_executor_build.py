@@ -233,6 +233,8 @@ def test_decode_sizes() -> None:
     assert decode_sizes(3) == [1, 2, 3]
     assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
     assert decode_sizes(24) == [1, 2, 4, 8, 16, 24]
+    assert decode_sizes(300)[-5:] == [248, 256, 272, 288, 300]
+    assert decode_sizes(4096)[-1] == 512
 
 
 def test_split_covers_every_position_once() -> None:

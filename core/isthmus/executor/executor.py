@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class StepModel(Protocol):
     """What runs between inputs and logits; see :class:`isthmus.model.decoder.Decoder`."""
 
-    def forward(self, inputs: StepInputs, caches: Sequence[Any]) -> Tensor: ...
+    def forward(self, inputs: StepInputs, caches: Sequence[Any], wanted: Tensor | None = None) -> Tensor: ...
 
     def logits(self, hidden: Tensor, index: Tensor | None) -> Tensor: ...
 
@@ -156,7 +156,7 @@ class Executor:
             return _Fetching(self._fetch(captured.output, int(plan.span_samples.sum())), ())
 
         shape = self._padding.shape(plan)
-        inputs, hidden, logits = self._forward(plan, shape, captured)
+        inputs, hidden, logits = self._forward(plan, shape, captured, keep_hidden=bool(prompt_pieces))
         prompts = tuple((piece.row, self._fetch_prompt(hidden, piece)) for piece in prompt_pieces)
         if shape.samples == 0:
             return _Fetching(None, prompts)
@@ -166,13 +166,18 @@ class Executor:
         return _Fetching(self._fetch(sampled, int(plan.span_samples.sum())), prompts)
 
     def _forward(
-        self, plan: StepPlan, shape: StepShape, captured: Captured | None
+        self, plan: StepPlan, shape: StepShape, captured: Captured | None, *, keep_hidden: bool
     ) -> tuple[StepInputs, Any, Tensor | None]:
-        """Inputs, hidden states (``None`` where a graph made the logits), and those logits."""
+        """Inputs, hidden states, and the logits of the sampled tokens where nothing needs the hidden states."""
         build = self._backend.inputs.build
         if captured is None:
             inputs = build(self._device, *shape)
-            return inputs, self._model.forward(inputs, self._caches), None
+            if keep_hidden or shape.samples == shape.tokens:
+                return inputs, self._model.forward(inputs, self._caches), None
+            # Nothing reads the other tokens after the last layer's attention.
+            wanted = inputs.sample_tokens if shape.samples else inputs.query_starts[:1]
+            hidden = self._model.forward(inputs, self._caches, wanted)
+            return inputs, None, self._model.logits(hidden, None) if shape.samples else None
         if self._graphs.any_shape:
             inputs = build(self._device, captured.size, self._limits.max_rows, shape.samples)
             captured.graph.replay(shape.tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from isthmus.contract import Capabilities, ShapePolicy
 from isthmus.plan import StepPlan
@@ -51,6 +51,11 @@ def _padded(count: int, sizes: list[int]) -> int:
     return sizes[bisect_left(sizes, count)] if sizes else count
 
 
+LARGEST_CAPTURED: Final = 512
+"""Rows beyond which a decode step takes the device longer than its launches take the host."""
+
+
 def decode_sizes(max_rows: int) -> list[int]:
-    """Rows at which decode steps are captured: 1, 2, 4, then every 8th, ``max_rows`` included."""
-    return sorted({size for size in (1, 2, 4, *range(8, max_rows, 8)) if size < max_rows} | {max_rows})
+    """Rows at which decode steps are captured: 1, 2, 4, every 8th to 256, then every 16th; the largest included."""
+    largest = min(max_rows, LARGEST_CAPTURED)
+    return sorted({size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16)) if size < largest} | {largest})
