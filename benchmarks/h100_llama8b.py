@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer, to try the script")
     arguments = parser.parse_args()
     began = time.perf_counter()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms %(name)s: %(message)s")
     from isthmus import LLM
 
     with tempfile.TemporaryDirectory() as folder:

@@ -93,5 +93,5 @@ def test_bf16_logprobs_are_near_the_cpus(device_name: str, tiny_model: Make) -> 
             found[device] = [[entry.logprob for entry in output.prompt_logprobs if entry] for output in outputs]
     for mine, theirs in zip(found[device_name], found["cpu"], strict=True):
         assert len(mine) == len(theirs)
-        if mine:
-            assert np.abs(np.array(mine) - np.array(theirs)).mean() < 0.05
+        if mine:  # of tokens at random, so logits of some tens
+            assert np.abs(np.array(mine) - np.array(theirs)).mean() < 0.15

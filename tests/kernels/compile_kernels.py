@@ -116,7 +116,7 @@ def other_cases(arch: str) -> Iterator[Case]:
     yield Case(
         "gated activation",
         elementwise.gated_activation_kernel,
-        "gate_up:*bf16 out:*bf16 inner:i32",
+        "gate_up:*bf16 out:*bf16 inner:i32 out_stride:i32",
         {"BLOCK": 2048, "SILU": True},
     )
     yield Case(
@@ -160,16 +160,24 @@ def step_cases(arch: str) -> Iterator[Case]:
     yield Case(
         "slices",
         sample.slices_kernel,
-        f"logits:*fp32 slice_best:*fp32 slice_top:*fp32 slice_ids:*i32 {rows} vocab:i32 slice_size:i32",
-        {"BLOCK": 2048},
+        f"logits:*fp32 slices:*fp32 slice_ids:*i32 group_tops:*fp32 collected:*i32 {rows} vocab:i32",
+        {"BLOCK": 4096, "GROUP": 128},
+    )
+    yield Case(
+        "check",
+        sample.check_kernel,
+        "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 row_parameters:*i64 sample_rows:*i32 vocab:i32 "
+        "num_slices:i32",
+        {"SLICES": 32, "BLOCK": 4096},
     )
     yield Case(
         "choose",
         sample.choose_kernel,
-        f"logits:*fp32 slice_best:*fp32 slice_top:*fp32 slice_ids:*i32 invalid_before:*i32 {rows} tokens:*i32 "
-        "sampled:*i32 invalid:*i1 vocab:i32 history_stride:i32 slices:i32",
-        {"SLICES": 16, "BLOCK": 4096},
-        8 if arch == "gfx942" else 16,
+        "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 group_tops:*fp32 some_x:*fp32 some_ids:*i32 "
+        f"collected:*i32 invalid_before:*i32 {rows} tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 "
+        "history_stride:i32 num_slices:i32 num_groups:i32",
+        {"SLICES": 32, "GROUPS": 1024, "MOST": 2048, "BLOCK": 4096},
+        16,
     )
     yield Case(
         "start rows",
@@ -199,7 +207,17 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     missing = set(names) - set(signature) - set(case.constants)
     assert not missing, f"{case.name}: no type for {sorted(missing)}"
     # Pointers and sizes are multiples of 16 in every real call.
-    even = ("block_stride", "row_stride", "hidden", "inner", "width", "vocab", "in_features", "out_features")
+    even = (
+        "block_stride",
+        "row_stride",
+        "out_stride",
+        "hidden",
+        "inner",
+        "width",
+        "vocab",
+        "in_features",
+        "out_features",
+    )
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)

@@ -54,6 +54,15 @@ def test_gated_activation(device: torch.device, dtype: torch.dtype, activation: 
     close(ours.gated_activation(x, activation), reference.gated_activation(x, activation))
 
 
+def test_gated_activation_of_many_tokens_is_in_place(device: torch.device) -> None:
+    ours, reference = pair(device)
+    x = random(device, torch.float16, 520, 2 * 16)
+    expected = reference.gated_activation(x, "silu")
+    out = ours.gated_activation(x, "silu")
+    assert out.data_ptr() == x.data_ptr()
+    close(out, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 7.3])
 def test_embedding_and_row_gather(device: torch.device, dtype: torch.dtype, scale: float) -> None:

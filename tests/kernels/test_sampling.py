@@ -97,6 +97,14 @@ def test_cuts_draw_the_references_tokens(device: torch.device, seed: int, scale:
     Both(device, rows).check(logits_for(len(rows), seed, scale))
 
 
+def test_more_tokens_than_are_collected(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there are more ties than room, or a larger k than groups, sweeps find the same threshold."""
+    monkeypatch.setattr("isthmus_triton.sampling.MOST_COLLECTED", 16)
+    rows = [{**cut, "seed": index} for index, cut in enumerate(CUTS)]
+    Both(device, rows).check(logits_for(len(rows), 6).round())
+    Both(device, rows).check(torch.ones(len(rows), VOCAB))
+
+
 def test_ties_at_a_cut_stay(device: torch.device) -> None:
     """Logits of a few distinct values: a cut falls between equal ones everywhere."""
     rows = [{**cut, "seed": index} for index, cut in enumerate(CUTS)]

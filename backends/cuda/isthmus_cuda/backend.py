@@ -29,7 +29,7 @@ CAPABILITIES: Final = Capabilities(
     sliding_window=True,
     logit_softcap=True,
     experts=True,
-    default_max_rows=512,
+    default_max_rows=768,
     default_max_tokens=8192,
 )
 

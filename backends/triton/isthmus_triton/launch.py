@@ -134,9 +134,9 @@ TABLES: Final[dict[str, LaunchTable]] = {
     # benchmarks/gpu_kernels.py on an H100 80GB HBM3, benchmarks/results/h100_kernels.json.
     "sm_90": LaunchTable(
         decode=(
-            (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=2, least_tiles=2)),
-            (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2, least_tiles=2)),
-            (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2, least_tiles=2)),
+            (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=2, least_tiles=4)),
+            (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2, least_tiles=4)),
+            (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2, least_tiles=4)),
         ),
         prefill=(
             (256, PrefillLaunch(query_tile=128, key_tile=64, stages=2, warps=4)),

@@ -13,11 +13,15 @@ from torch import Tensor
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
 from isthmus_triton.kernels.adjust import adjust_kernel
-from isthmus_triton.kernels.sample import choose_kernel, slices_kernel
+from isthmus_triton.kernels.sample import check_kernel, choose_kernel, slices_kernel
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
 
-SLICE: Final = 8192
-"""Logits that one program of the first pass reads."""
+SLICE: Final = 4096
+"""Logits that one program of the first passes reads."""
+GROUP: Final = 128
+"""Logits whose largest is kept, to bound the ``top_k``-th one from below."""
+MOST_COLLECTED: Final = 2048
+"""Tokens that are looked at together for ``top_k``; where more may be among the k, sweeps find them."""
 
 
 @dataclass(slots=True)
@@ -84,21 +88,45 @@ class TritonSampling:
                 logits, invalid_before, state.parameters, rows, last, positions, history, device.num_prompt_tokens,
                 state.seen_bits, vocab, history.stride(0), state.seen_bits.stride(0), BLOCK=1024, num_warps=4,
             )  # fmt: skip
-            slices = triton.cdiv(vocab, SLICE)
-            best, top = empty(samples, slices, 2), empty(samples, slices)
-            ids = empty(samples, slices, dtype=torch.int32)
-            slices_kernel[(samples, slices)](
-                logits, best, top, ids, state.parameters, rows, last, positions, vocab, SLICE,
-                BLOCK=min(2048, triton.next_power_of_2(vocab)), num_warps=4,
-            )  # fmt: skip
-            choose_kernel[(samples,)](
-                logits, best, top, ids, invalid_before, state.parameters, rows, last, positions, history,
-                tokens, invalid, vocab, history.stride(0), slices,
-                SLICES=triton.next_power_of_2(slices), BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=16,
-            )  # fmt: skip
+            self._choose(logits, invalid_before, tokens, invalid, inputs, device, state)
         if num_logprobs < 0:
             return Sampled(tokens=tokens, invalid=invalid)
         return _with_logprobs(raw, tokens, invalid, num_logprobs)
+
+    def _choose(
+        self,
+        logits: Tensor,
+        invalid_before: Tensor,
+        tokens: Tensor,
+        invalid: Tensor,
+        inputs: StepInputs,
+        device: DeviceState,
+        state: RowStates,
+    ) -> None:
+        samples, vocab = logits.shape
+        rows, last, positions, history = inputs.sample_rows, inputs.sample_tokens, inputs.positions, device.tokens
+        empty = logits.new_empty
+        num_slices = triton.cdiv(vocab, SLICE)
+        num_groups = num_slices * (SLICE // GROUP)
+        slices, masses = empty(samples, num_slices, 4), empty(samples, num_slices, 2)
+        ids, collected = empty(samples, num_slices, dtype=torch.int32), empty(samples, dtype=torch.int32)
+        group_tops, some_x = empty(samples, num_groups), empty(samples, MOST_COLLECTED)
+        some_ids = empty(samples, MOST_COLLECTED, dtype=torch.int32)
+        padded = triton.next_power_of_2(num_slices)
+        slices_kernel[(samples, num_slices)](
+            logits, slices, ids, group_tops, collected, state.parameters, rows, last, positions, vocab,
+            BLOCK=SLICE, GROUP=GROUP, num_warps=4,
+        )  # fmt: skip
+        check_kernel[(samples, num_slices)](
+            logits, slices, ids, masses, state.parameters, rows, vocab, num_slices,
+            SLICES=padded, BLOCK=SLICE, num_warps=4,
+        )  # fmt: skip
+        choose_kernel[(samples,)](
+            logits, slices, ids, masses, group_tops, some_x, some_ids, collected, invalid_before, state.parameters,
+            rows, last, positions, history, tokens, invalid, vocab, history.stride(0), num_slices, num_groups,
+            SLICES=padded, GROUPS=triton.next_power_of_2(num_groups), MOST=MOST_COLLECTED,
+            BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=16,
+        )  # fmt: skip
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:
         invalid = ~torch.isfinite(logits.amax(dim=-1))

@@ -155,7 +155,8 @@ class Ops(Protocol):
         ...
 
     def gated_activation(self, gate_up: Tensor, activation: str) -> Tensor:
-        """``act(gate) * up`` from [tokens, 2 * inner]; ``activation`` is "silu" or "gelu_tanh"."""
+        """``act(gate) * up`` from [tokens, 2 * inner]; ``activation`` is "silu" or "gelu_tanh".  May overwrite
+        its argument, and return a view of it whose rows lie apart."""
         ...
 
     def take_rows(self, x: Tensor, index: Tensor) -> Tensor:

@@ -86,20 +86,21 @@ def adjust_kernel(
         history = tokens + row * history_stride
 
         # Masks below may hide what was wrong with the model's own logits.
-        bad = 0
-        highest = float("-inf")
+        bad = tl.zeros((BLOCK,), tl.int32)
+        highest = tl.full((BLOCK,), float("-inf"), tl.float32)
         for begin in range(0, vocab, BLOCK):
             index = begin + lane
             ok = index < vocab
             values = tl.load(x + index, mask=ok, other=float("-inf"))
-            bad = tl.maximum(bad, is_bad(values))
-            highest = tl.maximum(highest, tl.max(values, 0))
+            bad = bad | (values != values).to(tl.int32)
+            highest = tl.maximum(highest, values)
             if (flags & _HAS_ALLOWED) != 0:
                 word = tl.load(extras + index // 32, mask=ok, other=0)
                 kept = ((word >> (index % 32)) & 1) != 0
                 tl.store(x + index, float("-inf"), mask=ok & (kept == 0))
-        bad = tl.where((highest == float("inf")) | (highest == float("-inf")), 1, bad)
-        tl.store(invalid_before + sample, bad)
+        largest = tl.max(highest, 0)
+        wrong = (tl.max(bad, 0) != 0) | (largest == float("inf")) | (largest == float("-inf"))
+        tl.store(invalid_before + sample, wrong.to(tl.int32))
         if (flags & _HAS_ALLOWED) != 0:
             extras += bit_words
         tl.debug_barrier()

@@ -209,11 +209,32 @@ def decode_kernel(
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
             if arrived == parts - 1:
                 starts_within = begin % per_program != 0
-                for index_row in range(length * GROUP):
-                    merge_row(
-                        partial_out, partial_max, partial_sum, out, first_program, parts, starts_within, index_row,
-                        ((first_token + index_row // GROUP) * heads + head * GROUP + index_row % GROUP), HEAD_DIM, DIM, ROWS,
-                    )  # fmt: skip
+                if parts <= 8:
+                    acc = tl.zeros((ROWS, DIM), tl.float32)
+                    top = tl.full((ROWS,), LOWEST, tl.float32)
+                    total = tl.zeros((ROWS,), tl.float32)
+                    for index in tl.range(0, parts, loop_unroll_factor=4):
+                        slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
+                        part = slot.to(tl.int64) * ROWS + row
+                        places = part[:, None] * DIM + dim[None, :]
+                        other_top = tl.load(partial_max + part, mask=row_ok, other=LOWEST, cache_modifier=".cg")
+                        other_total = tl.load(partial_sum + part, mask=row_ok, other=0.0, cache_modifier=".cg")
+                        other = tl.load(partial_out + places, mask=row_mask, other=0.0, cache_modifier=".cg")
+                        new_top = tl.maximum(top, other_top)
+                        mine = tl.exp2(top - new_top)
+                        theirs = tl.exp2(other_top - new_top)
+                        acc = acc * mine[:, None] + other * theirs[:, None]
+                        total = total * mine + other_total * theirs
+                        top = new_top
+                    result = acc / tl.maximum(total, 1e-30)[:, None]
+                    tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
+                else:
+                    for query_row in range(length * GROUP):
+                        out_row = (first_token + query_row // GROUP) * heads + head * GROUP + query_row % GROUP
+                        merge_row(
+                            partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
+                            query_row, out_row, HEAD_DIM, DIM, ROWS,
+                        )  # fmt: skip
                 tl.store(arrivals + first_program, 0)
 
         left -= count

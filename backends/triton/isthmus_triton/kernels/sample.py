@@ -3,8 +3,10 @@
 The draw is Gumbel-max over the tokens that the cuts keep, and a cut is a threshold.  So the largest
 perturbed token of the whole row is the answer if the cuts keep it; if they do not, they keep no
 token of its logit or less either, and the largest perturbed one above it is the next to try.  One
-sweep checks a candidate (the mass above it) and finds the next.  ``top_k`` finds its threshold by a
-radix select first.
+sweep checks a candidate (the mass above it) and finds the next.
+
+``top_k`` first collects the few tokens that may be among the ``k``: the ``k``-th largest of the
+maxima of groups of tokens is a bound from below on the ``k``-th largest token.
 """
 
 from __future__ import annotations
@@ -32,63 +34,98 @@ def lowest_at(values, best, tokens):
 @triton.jit
 def slices_kernel(
     logits,  # float32 [samples, vocab]
-    slice_best,  # float32 [samples, slices, 2]: best score, its logit over temperature
-    slice_top,  # float32 [samples, slices]: largest logit over temperature; infinite if one is a NaN
+    slices,  # float32 [samples, slices, 4]: best score, its logit over temperature, the largest one, -
     slice_ids,  # int32 [samples, slices]: the best score's token
+    group_tops,  # float32 [samples, slices * groups]: for top_k, the largest of each GROUP tokens
+    collected,  # int32 [samples], zeroed here for choose_kernel
     row_parameters,
     sample_rows,
     sample_tokens,
     positions,
     vocab,
-    slice_size,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """The best token of each slice of each row: the likeliest, or the largest perturbed one."""
     sample = tl.program_id(0)
     piece = tl.program_id(1)
     row = tl.load(sample_rows + sample).to(tl.int64)
     temperature = float_parameter(row_parameters, row, _TEMPERATURE)
-    x = logits + sample.to(tl.int64) * vocab
-    first = piece * slice_size
-    end = tl.minimum(first + slice_size, vocab)
-    lane = tl.arange(0, BLOCK)
-    top = tl.full((), float("-inf"), tl.float32)
-    best = tl.full((), float("-inf"), tl.float32)
-    best_x = tl.full((), float("-inf"), tl.float32)
-    best_id = tl.full((), 0, tl.int32) + first
-    bad = tl.full((), 0, tl.int32)
+    token = piece * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(logits + sample.to(tl.int64) * vocab + token, mask=token < vocab, other=float("-inf"))
+    bad = is_bad(values)
+    at = sample.to(tl.int64) * tl.num_programs(1) + piece
     if temperature == 0.0:
-        for begin in range(first, end, BLOCK):
-            token = begin + lane
-            values = tl.load(x + token, mask=token < end, other=float("-inf"))
-            bad = tl.maximum(bad, is_bad(values))
-            here = tl.max(values, 0)
-            here_id = lowest_at(values, here, token)
-            best_id = tl.where(here > best, here_id, best_id)
-            best = tl.maximum(best, here)
-        top = best
+        best = tl.max(values, 0)
+        best_id = lowest_at(values, best, token)
         best_x = best
+        top = best
     else:
         position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
         key = row_key(parameter(row_parameters, row, _SEED), position)
-        for begin in range(first, end, BLOCK):
-            token = begin + lane
-            values = tl.load(x + token, mask=token < end, other=float("-inf")) / temperature
-            bad = tl.maximum(bad, is_bad(values))
-            top = tl.maximum(top, tl.max(values, 0))
-            score = values + gumbel(key, token)
-            here = tl.max(score, 0)
-            here_id = lowest_at(score, here, token)
-            here_x = tl.max(tl.where(token == here_id, values, float("-inf")), 0)
-            better = here > best
-            best_id = tl.where(better, here_id, best_id)
-            best_x = tl.where(better, here_x, best_x)
-            best = tl.maximum(best, here)
-    at = sample.to(tl.int64) * tl.num_programs(1) + piece
-    tl.store(slice_best + at * 2, best)
-    tl.store(slice_best + at * 2 + 1, best_x)
-    tl.store(slice_top + at, tl.where(bad != 0, float("inf"), top))
-    tl.store(slice_ids + at, best_id)
+        values = values / temperature
+        top = tl.max(values, 0)
+        score = values + gumbel(key, token)
+        best = tl.max(score, 0)
+        best_id = lowest_at(score, best, token)
+        best_x = tl.max(tl.where(token == best_id, values, float("-inf")), 0)
+        if parameter(row_parameters, row, _TOP_K) > 0:
+            groups: tl.constexpr = BLOCK // GROUP
+            tops = tl.max(tl.reshape(values, (groups, GROUP)), 1)
+            tl.store(group_tops + at * groups + tl.arange(0, groups), tops)
+    if piece == 0:
+        tl.store(collected + sample, 0)
+    tl.store(slices + at * 4, best)
+    tl.store(slices + at * 4 + 1, best_x)
+    tl.store(slices + at * 4 + 2, tl.where(bad != 0, float("inf"), top))
+    # A slice of nothing but what may not be sampled has no best token.
+    tl.store(slice_ids + at, tl.minimum(best_id, vocab - 1))
+
+
+@triton.jit
+def row_candidate(slices, slice_ids, sample, num_slices, SLICES: tl.constexpr):
+    """The best token of a row's slices, its logit over temperature, and the row's largest one."""
+    piece = tl.arange(0, SLICES)
+    ok = piece < num_slices
+    at = sample.to(tl.int64) * num_slices + piece
+    scores = tl.load(slices + at * 4, mask=ok, other=float("-inf"))
+    scaled = tl.load(slices + at * 4 + 1, mask=ok, other=float("-inf"))
+    tops = tl.load(slices + at * 4 + 2, mask=ok, other=float("-inf"))
+    ids = tl.load(slice_ids + at, mask=ok, other=0x7FFFFFFF)
+    chosen = lowest_at(scores, tl.max(scores, 0), ids)
+    candidate = tl.max(tl.where(ids == chosen, scaled, float("-inf")), 0)
+    return chosen, candidate, tl.max(tops, 0)
+
+
+@triton.jit
+def check_kernel(
+    logits,
+    slices,
+    slice_ids,
+    slice_masses,  # float32 [samples, slices, 2]: what min_p keeps, and of that what is above the candidate
+    row_parameters,
+    sample_rows,
+    vocab,
+    num_slices,
+    SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The masses that tell whether ``top_p`` keeps a row's best token; only for rows that ask for it alone."""
+    sample = tl.program_id(0)
+    piece = tl.program_id(1)
+    row = tl.load(sample_rows + sample).to(tl.int64)
+    temperature = float_parameter(row_parameters, row, _TEMPERATURE)
+    top_p = float_parameter(row_parameters, row, _TOP_P)
+    if (temperature != 0.0) & (top_p < 1.0) & (parameter(row_parameters, row, _TOP_K) == 0):
+        _, candidate, top = row_candidate(slices, slice_ids, sample, num_slices, SLICES)
+        floor = top + float_parameter(row_parameters, row, _LOG_MIN_P)
+        token = piece * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(logits + sample.to(tl.int64) * vocab + token, mask=token < vocab, other=float("-inf"))
+        values = values / temperature
+        mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
+        at = sample.to(tl.int64) * num_slices + piece
+        tl.store(slice_masses + at * 2, tl.sum(mass, 0))
+        tl.store(slice_masses + at * 2 + 1, tl.sum(tl.where(values > candidate, mass, 0.0), 0))
 
 
 @triton.jit
@@ -99,82 +136,113 @@ def ordered(values):
 
 
 @triton.jit
-def radix_level(
-    x,
-    temperature,
-    vocab,
-    left,
-    prefix,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Among keys that begin as ``prefix`` does, the digit of the ``left``-th largest; what is left within it."""
-    lane = tl.arange(0, BLOCK)
-    bins = tl.arange(0, 2048)
-    counts = tl.zeros((2048,), tl.int32)
-    for begin in range(0, vocab, BLOCK):
-        token = begin + lane
-        ok = token < vocab
-        key = ordered(tl.load(x + token, mask=ok, other=float("-inf")) / temperature)
-        if not FIRST:
-            ok = ok & ((key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS)))
-        digit = ((key >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
-        counts += tl.histogram(digit, 2048, mask=ok)
-    at_least = tl.cumsum(counts, 0, reverse=True)
-    digit = tl.max(tl.where(at_least >= left, bins, 0), 0)
-    left -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)
-    return left, prefix | (digit.to(tl.uint32) << SHIFT)
+def from_ordered(key):
+    signed = (key ^ 0x80000000).to(tl.int32, bitcast=True)
+    return (signed ^ ((signed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def kth_largest(x, temperature, vocab, k, BLOCK: tl.constexpr):
-    """The ``k``-th largest of ``x / temperature``: a radix select of three sweeps, 11, 11 and 10 bits."""
-    prefix = tl.full((), 0, tl.uint32)
-    left, prefix = radix_level(x, temperature, vocab, k, prefix, 21, 11, True, BLOCK)
-    left, prefix = radix_level(x, temperature, vocab, left, prefix, 10, 11, False, BLOCK)
-    left, prefix = radix_level(x, temperature, vocab, left, prefix, 0, 10, False, BLOCK)
-    signed = (prefix ^ 0x80000000).to(tl.int32, bitcast=True)
-    return (signed ^ ((signed >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def kth_largest(values, k):
+    """The ``k``-th largest of a block, bit by bit."""
+    keys = ordered(values)
+    found = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        trial = found | bit
+        bit = bit >> 1
+        found = tl.where(tl.sum((keys >= trial).to(tl.int32), 0) >= k, trial, found)
+    return from_ordered(found)
+
+
+@triton.jit
+def kth_largest_swept(x, temperature, vocab, k, BLOCK: tl.constexpr):
+    """The ``k``-th largest of ``x / temperature``, bit by bit, a sweep each: where too many tokens may be among the k."""
+    lane = tl.arange(0, BLOCK)
+    found = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        trial = found | bit
+        bit = bit >> 1
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for begin in range(0, vocab, BLOCK):
+            token = begin + lane
+            ok = token < vocab
+            keys = ordered(tl.load(x + token, mask=ok, other=float("-inf")) / temperature)
+            counts += (ok & (keys >= trial)).to(tl.int32)
+        found = tl.where(tl.sum(counts, 0) >= k, trial, found)
+    return from_ordered(found)
+
+
+@triton.jit
+def collect(x, temperature, vocab, bound, some_x, some_ids, collected, BLOCK: tl.constexpr, MOST: tl.constexpr):
+    """Write tokens with ``x / temperature >= bound`` to the scratch, in any order; returns how many there are."""
+    lane = tl.arange(0, BLOCK)
+    for begin in range(0, vocab, BLOCK):
+        token = begin + lane
+        ok = token < vocab
+        values = tl.load(x + token, mask=ok, other=float("-inf")) / temperature
+        keep = ok & (values >= bound)
+        place = tl.atomic_add(collected + tl.zeros((BLOCK,), tl.int32), 1, mask=keep, sem="relaxed")
+        tl.store(some_x + place, values, mask=keep & (place < MOST))
+        tl.store(some_ids + place, token, mask=keep & (place < MOST))
+    tl.debug_barrier()
+    return tl.load(collected, cache_modifier=".cg")
+
+
+@triton.jit
+def draw_from(values, ids, key, top, floor, top_p):
+    """The largest perturbed one of a block's tokens that ``floor`` and ``top_p`` keep."""
+    score = tl.where(values >= floor, values + gumbel(key, ids), float("-inf"))
+    mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
+    most_above = top_p * tl.sum(mass, 0)
+    chosen = lowest_at(score, tl.max(score, 0), ids)
+    looking = top_p < 1.0
+    while looking:
+        candidate = tl.max(tl.where(ids == chosen, values, float("-inf")), 0)
+        above = tl.sum(tl.where(values > candidate, mass, 0.0), 0)
+        looking = above >= most_above
+        if looking:
+            score = tl.where(values > candidate, score, float("-inf"))
+            chosen = lowest_at(score, tl.max(score, 0), ids)
+    return chosen
 
 
 @triton.jit
 def sweep(x, temperature, vocab, top, floor, candidate, key, BLOCK: tl.constexpr):
     """Mass at or above ``floor``; mass above ``candidate``; and the largest perturbed token above both."""
     lane = tl.arange(0, BLOCK)
-    kept = tl.full((), 0.0, tl.float32)
-    above = tl.full((), 0.0, tl.float32)
-    best = tl.full((), float("-inf"), tl.float32)
-    best_x = tl.full((), float("-inf"), tl.float32)
-    best_id = tl.full((), 0, tl.int32)
+    kept = tl.zeros((BLOCK,), tl.float32)
+    above = tl.zeros((BLOCK,), tl.float32)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_x = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_id = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, vocab, BLOCK):
         token = begin + lane
         values = tl.load(x + token, mask=token < vocab, other=float("-inf")) / temperature
-        if tl.max(values, 0) >= floor:
-            stays = values >= floor
-            mass = tl.where(stays, tl.exp(values - top), 0.0)
-            higher = stays & (values > candidate)
-            kept += tl.sum(mass, 0)
-            above += tl.sum(tl.where(higher, mass, 0.0), 0)
-            if tl.max(values, 0) > candidate:
-                score = tl.where(higher, values + gumbel(key, token), float("-inf"))
-                here = tl.max(score, 0)
-                here_id = lowest_at(score, here, token)
-                here_x = tl.max(tl.where(token == here_id, values, float("-inf")), 0)
-                better = here > best
-                best_id = tl.where(better, here_id, best_id)
-                best_x = tl.where(better, here_x, best_x)
-                best = tl.maximum(best, here)
-    return kept, above, best_id, best_x
+        mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
+        higher = (values >= floor) & (values > candidate)
+        kept += mass
+        above += tl.where(higher, mass, 0.0)
+        score = tl.where(higher, values + gumbel(key, token), float("-inf"))
+        better = score > best
+        best_id = tl.where(better, token, best_id)
+        best_x = tl.where(better, values, best_x)
+        best = tl.maximum(best, score)
+    chosen = lowest_at(best, tl.max(best, 0), best_id)
+    chosen_x = tl.max(tl.where((best_id == chosen) & (best == tl.max(best, 0)), best_x, float("-inf")), 0)
+    return tl.sum(kept, 0), tl.sum(above, 0), chosen, chosen_x
 
 
 @triton.jit
 def choose_kernel(
     logits,
-    slice_best,
-    slice_top,
+    slices,
     slice_ids,
+    slice_masses,
+    group_tops,
+    some_x,  # float32 [samples, MOST]
+    some_ids,  # int32 [samples, MOST]
+    collected,  # int32 [samples], zero
     invalid_before,
     row_parameters,
     sample_rows,
@@ -185,37 +253,56 @@ def choose_kernel(
     invalid,  # bool [samples]
     vocab,
     history_stride,
-    slices,
+    num_slices,
+    num_groups,
     SLICES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MOST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The best token of each row's slices, cut where the row asks for it; goes to the row's history too."""
     sample = tl.program_id(0)
     row = tl.load(sample_rows + sample).to(tl.int64)
     position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
-    piece = tl.arange(0, SLICES)
-    ok = piece < slices
-    at = sample.to(tl.int64) * slices + piece
-    tops = tl.load(slice_top + at, mask=ok, other=float("-inf"))
-    scores = tl.load(slice_best + at * 2, mask=ok, other=float("-inf"))
-    scaled = tl.load(slice_best + at * 2 + 1, mask=ok, other=float("-inf"))
-    ids = tl.load(slice_ids + at, mask=ok, other=0)
-    top = tl.max(tops, 0)
+    chosen, candidate, top = row_candidate(slices, slice_ids, sample, num_slices, SLICES)
     bad = tl.load(invalid_before + sample)
     bad = tl.where((top == float("inf")) | (top == float("-inf")), 1, bad)
-    # Slices are in order of ids, so the lowest id wins among equals here as it does within one.
-    chosen = lowest_at(scores, tl.max(scores, 0), ids)
     temperature = float_parameter(row_parameters, row, _TEMPERATURE)
     if (temperature != 0.0) & (bad == 0):
         x = logits + sample.to(tl.int64) * vocab
         top_k = parameter(row_parameters, row, _TOP_K).to(tl.int32)
         top_p = float_parameter(row_parameters, row, _TOP_P)
         floor = top + float_parameter(row_parameters, row, _LOG_MIN_P)
-        candidate = tl.max(tl.where(ids == chosen, scaled, float("-inf")), 0)
         key = row_key(parameter(row_parameters, row, _SEED), position)
-        if top_k > 0:
-            floor = tl.maximum(floor, kth_largest(x, temperature, vocab, top_k, BLOCK))
         looking = (candidate < floor) | (top_p < 1.0)
+        if top_k > 0:
+            count = MOST + 1
+            at = sample.to(tl.int64) * MOST
+            if top_k <= tl.minimum(num_groups, MOST):
+                group = tl.arange(0, GROUPS)
+                tops = tl.load(
+                    group_tops + sample.to(tl.int64) * num_groups + group, mask=group < num_groups, other=float("-inf")
+                )
+                bound = kth_largest(tops, top_k)
+                count = collect(
+                    x, temperature, vocab, bound, some_x + at, some_ids + at, collected + sample, BLOCK, MOST
+                )
+            if count <= MOST:
+                place = tl.arange(0, MOST)
+                values = tl.load(some_x + at + place, mask=place < count, other=float("-inf"), cache_modifier=".cg")
+                ids = tl.load(some_ids + at + place, mask=place < count, other=0x7FFFFFFF, cache_modifier=".cg")
+                floor = tl.maximum(floor, kth_largest(values, top_k))
+                chosen = draw_from(values, ids, key, top, floor, top_p)
+                looking = False
+            else:
+                floor = tl.maximum(floor, kth_largest_swept(x, temperature, vocab, top_k, BLOCK))
+                looking = (candidate < floor) | (top_p < 1.0)
+        elif top_p < 1.0:
+            piece = tl.arange(0, SLICES)
+            masses = slice_masses + (sample.to(tl.int64) * num_slices + piece) * 2
+            kept = tl.sum(tl.load(masses, mask=piece < num_slices, other=0.0), 0)
+            above = tl.sum(tl.load(masses + 1, mask=piece < num_slices, other=0.0), 0)
+            looking = (candidate < floor) | (above >= top_p * kept)
         while looking:
             kept, above, next_id, next_x = sweep(x, temperature, vocab, top, floor, candidate, key, BLOCK)
             stays = (candidate >= floor) & ((top_p == 1.0) | (above < top_p * kept))
