@@ -48,6 +48,7 @@ SPEC = ModelSpec(
     max_position=MAX_LEN,
     norm_epsilon=1e-5,
 )
+SOURCE = ModelSource(name="tiny", path=Path("tiny"), kind="safetensors")
 LIMITS = Limits(
     max_rows=ROWS,
     max_tokens=TOKENS,
@@ -60,7 +61,6 @@ LIMITS = Limits(
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors are tiny here: threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,8 +78,7 @@ def make_executor(
     wrap: Callable[[StepModel], StepModel] = lambda model: model,
 ) -> Executor:
     backend = backend or ReferenceBackend()
-    source = ModelSource(name="tiny", path=Path("tiny"), kind="safetensors")
-    decoder = load_decoder(source, SPEC, backend, "float32", MAX_LEN, random_weights=True, progress=False)
+    decoder = load_decoder(SOURCE, SPEC, backend, "float32", MAX_LEN, random_weights=True, progress=False)
     caches = backend.attention.allocate([layer.attention for layer in SPEC.layers], LIMITS, "float32")
     return Executor(backend, wrap(decoder), LIMITS, caches, max_steps_in_flight=in_flight)
 
@@ -177,7 +176,6 @@ class Driver:
         by_row = {s.row: s for s in self.sequences}
         submitted = 0
         while True:
-            plan = None
             while submitted < self.executor.max_steps_in_flight:
                 plan = self.plan(num_tokens)
                 if plan is None:
@@ -196,7 +194,12 @@ class Driver:
 
 def keep(models: list[Watched], room: int = TOKENS) -> Callable[[StepModel], StepModel]:
     """Wraps the model, and puts the wrapper where the test sees it."""
-    return lambda model: models.append(Watched(model, room=room)) or models[-1]
+
+    def wrap(model: StepModel) -> StepModel:
+        models.append(Watched(model, room=room))
+        return models[-1]
+
+    return wrap
 
 
 def prompts(count: int = ROWS) -> list[list[int]]:
@@ -205,8 +208,8 @@ def prompts(count: int = ROWS) -> list[list[int]]:
 
 
 def sequences(count: int = ROWS, sampling: RowSampling | None = None) -> list[Sequence_]:
-    one = sampling or RowSampling(max_tokens=1)
-    return [Sequence_(row=i, prompt=prompt, sampling=one) for i, prompt in enumerate(prompts(count))]
+    sampling = sampling or RowSampling(max_tokens=1)
+    return [Sequence_(row=i, prompt=prompt, sampling=sampling) for i, prompt in enumerate(prompts(count))]
 
 
 NUM_TOKENS = 12
@@ -297,17 +300,10 @@ class RecordingGraphs:
 class GreedySampling:
     """Reference sampling knows the step's rows on the host only, so a recorded one is argmax alone."""
 
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def allocate(self, limits: Limits) -> None:
-        return None
-
-    def apply(self, state: Any, plan: StepPlan) -> None:
-        pass
+    def allocate(self, limits: Limits) -> None: ...
+    def apply(self, state: Any, plan: StepPlan) -> None: ...
 
     def sample(self, logits: torch.Tensor, inputs: StepInputs, device: Any, state: Any, num_logprobs: int) -> Sampled:
-        self.calls += 1
         tokens = logits.argmax(-1).int()
         device.tokens[inputs.sample_rows, inputs.positions[inputs.sample_tokens] + 1] = tokens
         return Sampled(tokens=tokens, invalid=torch.zeros(len(tokens), dtype=torch.bool))

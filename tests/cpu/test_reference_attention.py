@@ -62,7 +62,9 @@ def spans_plan(spans: list[tuple[int, int, int]], tables: dict[int, list[int]]) 
     )
 
 
-def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, layer: AttentionSpec):
+def dense(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, layer: AttentionSpec
+) -> torch.Tensor:
     """One span, a query and a head at a time, in float64."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     for index in range(query.shape[0]):
@@ -190,11 +192,11 @@ def test_rotate_and_store(rotary_dim: int, normed: bool) -> None:
     for token, (position, row) in enumerate(zip(positions, [2] * 5 + [4], strict=True)):
         heads = qkv[token].view(10, 16)
         for head in range(6):
-            want = expected(heads[head], position, norm and norm.query_weight)
+            want = expected(heads[head], position, norm.query_weight if norm else None)
             torch.testing.assert_close(query[token, head], want, rtol=1e-4, atol=1e-5)
         place = tables[row][position // SIZE], position % SIZE
         for head in range(2):
-            want = expected(heads[6 + head], position, norm and norm.key_weight)
+            want = expected(heads[6 + head], position, norm.key_weight if norm else None)
             torch.testing.assert_close(cache.keys[place][head], want, rtol=1e-4, atol=1e-5)
             assert torch.equal(cache.values[place][head], heads[8 + head])
     assert int((cache.values != 0).any(-1).any(-1).sum()) == 6

@@ -39,11 +39,11 @@ def test_linear_and_logits(dtype: torch.dtype) -> None:
     expected = x.double() @ weight.double().T + bias.to(dtype).double()
     out = OPS.linear(x, prepared)
     assert out.dtype == dtype
-    tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(out.double(), expected, **tolerance)
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     logits = OPS.logits(x, prepared, 3.0)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits.double(), 3 * torch.tanh(expected / 3), **tolerance)
+    torch.testing.assert_close(logits.double(), 3 * torch.tanh(expected / 3), rtol=tolerance, atol=tolerance)
 
 
 def test_tied_embedding() -> None:

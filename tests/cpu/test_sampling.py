@@ -106,7 +106,7 @@ def support(logits: torch.Tensor, parameters: dict[str, Any], draws: int = 3000)
 
 def naive_support(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-):
+) -> set[int]:
     """By sorting, in float64, without thought for speed."""
     x = (logits.double() / temperature).tolist()
     kept = [i for i in range(len(x)) if math.exp(x[i] - max(x)) >= min_p]
@@ -171,7 +171,8 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
     if rest > 0:
         statistic += float((counts[~big].sum() - rest) ** 2 / rest)
     free = int(big.sum()) - (0 if rest > 0 else 1)
-    return ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
+    deviate: float = ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / math.sqrt(2 / (9 * free))
+    return deviate
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_penalties_read_tokens_that_only_the_device_knows() -> None:
     limits = Limits(max_rows=1, max_tokens=4, max_model_len=8, block_size=16, num_blocks=2, vocab_size=3)
     inputs_part, sampling = ReferenceInputs(CPU), ReferenceSampling(CPU)
     device, state = inputs_part.allocate(limits), sampling.allocate(limits)
-    tokens = []
+    tokens: list[int] = []
     for step in range(3):
         start = RowStart(
             row=0,

@@ -101,12 +101,15 @@ def _draw_bounded(x: Tensor, rows: CutRows, width: int) -> tuple[Tensor, Tensor]
 def _draw_free(x: Tensor, index: Tensor, rows: CutRows) -> Tensor:
     """Draw among the whole vocabulary, less what ``min_p`` cuts."""
     vocabulary = token_keys(torch.arange(x.shape[1], dtype=torch.int32, device=x.device))
+    cuts = bool((rows.min_p > 0.0).any())
     drawn = []
     for piece in torch.split(index, max(NOISE_AT_ONCE // x.shape[1], 1)):
         values = x[piece]
-        threshold = values.amax(dim=-1, keepdim=True) + rows.min_p[piece].log()[:, None]
         score = gumbel_noise(rows.keys[piece][:, None], vocabulary).add_(values)
-        drawn.append(score.masked_fill_(values < threshold, float("-inf")).argmax(dim=-1))
+        if cuts:
+            threshold = values.amax(dim=-1, keepdim=True) + rows.min_p[piece].log()[:, None]
+            score.masked_fill_(values < threshold, float("-inf"))
+        drawn.append(score.argmax(dim=-1))
     return torch.cat(drawn)
 
 
