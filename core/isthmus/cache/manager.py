@@ -13,7 +13,7 @@ from isthmus.plan import EMPTY, Int32Array
 
 
 class TableEdits(NamedTuple):
-    """Places in block tables that changed, for :class:`isthmus.plan.StepPlan`."""
+    """Places in block tables that were filled, for :class:`isthmus.plan.StepPlan`."""
 
     rows: Int32Array = EMPTY
     indices: Int32Array = EMPTY
@@ -40,7 +40,6 @@ class BlockManager:
         self.cache = PrefixCache(self.pool, block_size, seed)
         self.tables = np.zeros((0, 0), np.int32)  # [rows, blocks a row], 0 where unset
         self.counts = np.zeros(0, np.int32)  # [rows] blocks in each row's table
-        self._edits: dict[int, list[tuple[int, int]]] = {}  # by row: (index, block) the device does not know yet
 
     def open_rows(self, num_rows: int, max_tokens: int) -> None:
         """Make room for the tables of ``num_rows`` rows of up to ``max_tokens`` tokens; called once."""
@@ -71,81 +70,55 @@ class BlockManager:
         return lacking
 
     def grow(self, rows: Int32Array, missing: Int32Array) -> TableEdits:
-        """Give each row ``missing`` more blocks; at most :attr:`num_available` in all.
-
-        The edits also bring whatever else changed in these rows' tables.
-        """
-        edits = TableEdits()
+        """Give each row ``missing`` more blocks; at most :attr:`num_available` in all."""
         total = int(missing.sum())
-        if total:
-            short = total - self.pool.num_free
-            if short > 0:
-                self.cache.evict(short)
-            ids = self.pool.take(total)
-            owners = np.repeat(rows, missing)
-            within = np.arange(total, dtype=np.int32) - np.repeat(np.cumsum(missing, dtype=np.int32) - missing, missing)
-            indices = self.counts[owners] + within
-            self.tables[owners, indices] = ids
-            self.counts[rows] += missing
-            edits = TableEdits(owners, indices, ids)
-        return self._with_pending(edits, rows) if self._edits else edits
+        if not total:
+            return TableEdits()
+        short = total - self.pool.num_free
+        if short > 0:
+            self.cache.evict(short)
+        ids = self.pool.take(total)
+        owners = np.repeat(rows, missing)
+        within = np.arange(total, dtype=np.int32) - np.repeat(np.cumsum(missing, dtype=np.int32) - missing, missing)
+        indices = self.counts[owners] + within
+        self.tables[owners, indices] = ids
+        self.counts[rows] += missing
+        return TableEdits(owners, indices, ids)
 
-    def adopt(self, row: int, keys: Sequence[bytes]) -> None:
+    def adopt(self, row: int, keys: Sequence[bytes]) -> TableEdits:
         """Begin an empty row's table with the cached blocks of ``keys``."""
         assert self.counts[row] == 0, f"row {row} still has blocks"
-        if keys:
-            ids = self.cache.hold(keys)
-            self.tables[row, : len(ids)] = ids
-            self.counts[row] = len(ids)
-            self._edits[row] = list(enumerate(ids.tolist()))
+        ids = self.cache.hold(keys)
+        self.tables[row, : len(ids)] = ids
+        self.counts[row] = len(ids)
+        return TableEdits(np.full(len(ids), row, np.int32), np.arange(len(ids), dtype=np.int32), ids)
 
-    def share(self, row: int, keys: Sequence[bytes], begin: int, step: int) -> bool:
-        """Put a row's full blocks from number ``begin`` on into the prefix cache, one for each key.
+    def share(self, row: int, keys: Sequence[bytes], begin: int, end: int, step: int) -> bool:
+        """Put a row's full blocks ``begin ... end - 1``, of these keys, into the prefix cache.
 
-        Where another row's block of the same content is there already, this row takes that one and
-        lets go of its own.  ``step`` is the last step planned.  Returns False if the chain is broken
-        (a block before was forgotten), so that nothing after it can be shared.
+        ``step`` is the last step planned.  Returns False if the row can share nothing further: a
+        block before these was forgotten, or another row's block of the same content is there.  Blocks
+        below that one would have a parent that this row does not hold.
         """
-        table = self.tables[row]
-        for index in range(begin, len(keys)):
-            block, found = int(table[index]), self.cache.find(keys[index])
-            if found is not None:
-                if found != block:
-                    self._replace(row, index, keys[index])
-                continue
-            parent = int(table[index - 1]) if index else 0
-            if index and self.cache.find(keys[index - 1]) != parent:
+        first = max(begin - 1, 0)
+        blocks = self.tables[row, first:end].tolist()
+        parent = blocks.pop(0) if begin else 0
+        if begin and not self.cache.holds(parent, keys[begin - 1]):
+            return False
+        for key, block in zip(keys[begin:end], blocks, strict=True):
+            if self.cache.find(key) is not None:
                 return False
-            self.cache.insert(keys[index], parent, block, step)
+            self.cache.insert(key, parent, block, step)
+            parent = block
         return True
 
     def release(self, row: int) -> None:
         """Let go of all blocks of a row."""
         held = self.tables[row, : self.counts[row]]
-        self._let_go(held)
-        held[:] = 0
-        self.counts[row] = 0
-        self._edits.pop(row, None)
-
-    def _replace(self, row: int, index: int, key: bytes) -> None:
-        mine = self.tables[row, index : index + 1].copy()
-        (shared,) = self.cache.hold([key]).tolist()
-        self._let_go(mine)
-        self.tables[row, index] = shared
-        self._edits.setdefault(row, []).append((index, shared))
-
-    def _let_go(self, ids: Int32Array) -> None:
-        self.pool.refs[ids] -= 1
-        unheld = ids[self.pool.refs[ids] == 0]
+        self.pool.refs[held] -= 1
+        unheld = held[self.pool.refs[held] == 0]
         cached = self.cache.is_cached(unheld)
         self.cache.rest(unheld[cached])
         self.pool.put_back(unheld[~cached])
-
-    def _with_pending(self, edits: TableEdits, rows: Int32Array) -> TableEdits:
-        # An edit waits for its row's next span: only then does the device read that table, and only
-        # then does a step that fails take down the row whose edit it lost.
-        pending = [(row, *edit) for row in rows.tolist() for edit in self._edits.pop(row, ())]
-        if not pending:
-            return edits
-        columns = np.array(pending, np.int32).T
-        return TableEdits(*(np.concatenate(pair) for pair in zip(columns, edits, strict=True)))
+        held[:] = 0
+        self.counts[row] = 0

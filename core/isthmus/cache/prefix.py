@@ -37,9 +37,9 @@ class PrefixCache:
         self._block_of: dict[bytes, int] = {}
         self._key_of: list[bytes] = [b""] * pool.num_blocks
         self._cached = np.zeros(pool.num_blocks, np.bool_)
-        self._parent = np.zeros(pool.num_blocks, np.int32)  # 0 for a first block: the spare block is no parent
+        self._parent = [0] * pool.num_blocks  # 0 for a first block: the spare block is no parent
+        self._planned = [0] * pool.num_blocks  # last step planned when the block was inserted
         self._children = np.zeros(pool.num_blocks, np.int32)
-        self._planned = np.zeros(pool.num_blocks, np.int64)  # last step planned when the block was inserted
         self._rested = np.zeros(pool.num_blocks, np.int64)  # when its last holder let go
         self._clock = 0
         self._leaves: list[tuple[int, int]] = []  # heap of (rested, block); entries may be out of date
@@ -51,9 +51,9 @@ class PrefixCache:
 
     def extend_keys(self, keys: list[bytes], tokens: Int32Array, salt: bytes) -> None:
         """Append to ``keys`` those of all full blocks of ``tokens`` that it lacks."""
-        size, done = self._block_size, len(keys)
+        size = self._block_size
         key = keys[-1] if keys else sha256(self._seed + salt).digest()
-        packed = tokens[done * size : len(tokens) // size * size].tobytes()
+        packed = tokens[len(keys) * size : len(tokens) // size * size].tobytes()
         stride = size * tokens.itemsize
         for begin in range(0, len(packed), stride):
             key = sha256(key + packed[begin : begin + stride]).digest()
@@ -61,6 +61,10 @@ class PrefixCache:
 
     def find(self, key: bytes) -> int | None:
         return self._block_of.get(key)
+
+    def holds(self, block: int, key: bytes) -> bool:
+        """Whether ``block`` is the one that ``key`` finds."""
+        return self._key_of[block] == key
 
     def match(self, keys: Sequence[bytes], limit: int) -> int:
         """How many of the first ``limit`` keys are cached, counted from the first without a gap."""
@@ -88,13 +92,12 @@ class PrefixCache:
 
         ``step`` is the last step planned so far: it, or one before it, computes the block.
         """
-        assert key not in self._block_of and not self._cached[block] and self._pool.refs[block] > 0
-        assert parent == 0 or (self._cached[parent] and self._pool.refs[parent] > 0)
+        assert key not in self._block_of and not self._key_of[block], f"block {block} is cached already"
+        assert parent == 0 or self._key_of[parent], f"block {parent} has no place in the tree to put another below"
         self._block_of[key] = block
         self._key_of[block] = key
         self._cached[block] = True
         self._parent[block] = parent
-        self._children[block] = 0
         self._children[parent] += 1
         self._planned[block] = step
 
@@ -124,7 +127,8 @@ class PrefixCache:
         """Never find these blocks again, nor any that follow them.  Held ones stay with their holders."""
         doomed = np.zeros(self._pool.num_blocks, np.bool_)
         doomed[ids] = self._cached[ids]
-        while (more := self._cached & doomed[self._parent] & ~doomed).any():
+        parents = np.array(self._parent)
+        while (more := self._cached & doomed[parents] & ~doomed).any():
             doomed |= more
         gone = np.flatnonzero(doomed).astype(np.int32)
         for block in gone.tolist():
@@ -135,7 +139,7 @@ class PrefixCache:
 
     def forget_since(self, step: int) -> None:
         """Forget every block that ``step`` or a later one may have computed."""
-        self.forget(np.flatnonzero(self._cached & (self._planned >= step)).astype(np.int32))
+        self.forget(np.flatnonzero(self._cached & (np.array(self._planned) >= step)).astype(np.int32))
 
     def _is_idle_leaf(self, block: int) -> bool:
         return bool(self._cached[block] and self._pool.refs[block] == 0 and self._children[block] == 0)
@@ -144,7 +148,7 @@ class PrefixCache:
         del self._block_of[self._key_of[block]]
         self._key_of[block] = b""
         self._cached[block] = False
-        parent = int(self._parent[block])
+        parent = self._parent[block]
         self._children[parent] -= 1
         if self._is_idle_leaf(parent):
             heapq.heappush(self._leaves, (int(self._rested[parent]), parent))

@@ -250,7 +250,7 @@ class Scheduler:
         sequence.row = row
         self._rows.start(row, sequence, next(self._serials), cached)
         self._rows.shared_blocks[row] = num_cached_blocks
-        self._blocks.adopt(row, sequence.keys[:num_cached_blocks])
+        draft.edits.append(self._blocks.adopt(row, sequence.keys[:num_cached_blocks]))
         rows, lengths = np.array([row], np.int32), np.array([length], np.int32)
         draft.add(rows, lengths, self._blocks.grow(rows, self._blocks.missing(rows, cached + lengths)))
         draft.starts.append(
@@ -291,7 +291,7 @@ class Scheduler:
         self._computed_tokens += num_tokens
         if self._blocks.prefix_caching:
             size = self._blocks.block_size
-            full = np.minimum(state.computed[rows], state.known[rows]) // size
+            full = np.minimum(ends, state.known[rows]) // size
             for row in rows[full > state.shared_blocks[rows]].tolist():
                 self._share(row)
         return plan
@@ -433,7 +433,7 @@ class Scheduler:
         if full > begin:
             salt = sequence.request.cache_salt
             self._blocks.cache.extend_keys(sequence.keys, state.tokens[row, : full * size], salt)
-            intact = self._blocks.share(row, sequence.keys[:full], begin, self._step - 1)
+            intact = self._blocks.share(row, sequence.keys, begin, full, self._step - 1)
             state.shared_blocks[row] = full if intact else CHAIN_BROKEN
 
     def _preempt(self, sequence: Sequence) -> None:
