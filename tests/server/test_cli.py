@@ -16,7 +16,7 @@ import typer
 from isthmus.contract import Capabilities, DeviceInfo
 from isthmus.plugins import BackendStatus
 from isthmus_server.cli.backends import table
-from isthmus_server.cli.quantities import key_value, size_bytes, token_count
+from isthmus_server.cli.quantities import key_value, share, size_bytes, token_count
 from isthmus_server.load.report import percentile, spread
 from isthmus_server.load.workload import Workload, make_requests
 
@@ -212,6 +212,10 @@ def test_quantities() -> None:
             size_bytes(text)
         with pytest.raises(typer.BadParameter):
             token_count(text)
+    assert share("0.9") == 0.9 and share("1") == 1
+    for text in ("0", "1.01", "-1", "nan", "x"):
+        with pytest.raises(typer.BadParameter):
+            share(text)
     assert key_value("a=b=c") == ("a", "b=c")
     with pytest.raises(typer.BadParameter):
         key_value("a")

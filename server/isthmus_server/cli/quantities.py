@@ -49,6 +49,17 @@ def token_count(text: str) -> int:
     return count
 
 
+def share(text: str) -> float:
+    """More than 0, at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text!r} is no share; write a number over 0 and up to 1, such as 0.9")
+    return value
+
+
 def key_value(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name:

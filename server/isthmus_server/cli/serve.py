@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from isthmus_server.cli.logs import LogLevel, start_logging
-from isthmus_server.cli.quantities import key_value, size_bytes, token_count
+from isthmus_server.cli.quantities import key_value, share, size_bytes, token_count
 
 if TYPE_CHECKING:
     from isthmus_server.settings import ServerSettings
@@ -35,6 +35,8 @@ _CACHE: Final = "KV cache and scheduling"
 _DEVICE: Final = "Device"
 _HTTP: Final = "HTTP"
 _LIFE: Final = "Lifecycle and logs"
+_SWITCHES: Final = "Switches"
+"""Of their own, because two long names in a row would crowd out every other option of a panel."""
 
 
 def _opt(*names: str, panel: str, help: str, **more: Any) -> Any:
@@ -43,9 +45,17 @@ def _opt(*names: str, panel: str, help: str, **more: Any) -> Any:
 
 def serve(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a hub name (owner/model).")],
-    revision: Annotated[str | None, _opt("--revision", panel=_MODEL, help="Branch, tag or commit on the hub.")] = None,
+    revision: Annotated[
+        str | None, _opt("--revision", metavar="NAME", panel=_MODEL, help="Branch, tag or commit on the hub.")
+    ] = None,
     dtype: Annotated[
-        str, _opt("--dtype", panel=_MODEL, help="auto, float32, bfloat16 or float16; auto follows the checkpoint.")
+        str,
+        _opt(
+            "--dtype",
+            metavar="NAME",
+            panel=_MODEL,
+            help="auto, float32, bfloat16 or float16; auto follows the checkpoint.",
+        ),
     ] = "auto",
     max_model_len: Annotated[
         int | None,
@@ -59,16 +69,22 @@ def serve(
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
-        _opt("--served-model-name", panel=_MODEL, help="Name that clients use; repeat for more than one."),
+        _opt(
+            "--served-model-name", metavar="NAME", panel=_MODEL, help="Name that clients use; repeat for more than one."
+        ),
     ] = None,
     chat_template: Annotated[
-        Path | None, _opt("--chat-template", panel=_MODEL, help="A jinja file that replaces the model's template.")
+        Path | None,
+        _opt("--chat-template", metavar="PATH", panel=_MODEL, help="A jinja file that replaces the model's template."),
     ] = None,
     random_weights: Annotated[
         bool, _opt("--random-weights", panel=_MODEL, help="Do not read weights: for measuring alone.")
     ] = False,
     device: Annotated[
-        str, _opt("--device", panel=_DEVICE, help="auto, or a backend's name; `isthmus backends` lists them.")
+        str,
+        _opt(
+            "--device", metavar="NAME", panel=_DEVICE, help="auto, or a backend's name; `isthmus backends` lists them."
+        ),
     ] = "auto",
     backend_option: Annotated[
         list[str] | None,
@@ -81,17 +97,16 @@ def serve(
         float,
         _opt(
             "--gpu-memory-utilization",
+            metavar="SHARE",
             panel=_DEVICE,
             help="Share of the device's memory that weights, workspace and KV cache may take.",
-            min=0.01,
-            max=1.0,
+            parser=share,
         ),
     ] = 0.9,
     kv_cache_memory: Annotated[
         int | None,
         _opt(
             "--kv-cache-memory",
-            "--kv-cache-memory-bytes",
             panel=_CACHE,
             help="Size of the KV cache (4GiB, 512MB); wins over --gpu-memory-utilization.",
             parser=size_bytes,
@@ -100,22 +115,31 @@ def serve(
     ] = None,
     num_gpu_blocks_override: Annotated[
         int | None,
-        _opt("--num-gpu-blocks-override", panel=_CACHE, help="Blocks of the KV cache; wins over sizes.", min=2),
+        _opt(
+            "--num-gpu-blocks-override",
+            metavar="N",
+            panel=_CACHE,
+            help="Blocks of the KV cache; wins over sizes.",
+            min=2,
+        ),
     ] = None,
     block_size: Annotated[
-        int | None, _opt("--block-size", panel=_CACHE, help="Tokens a block holds.", min=1, max=1024)
+        int | None, _opt("--block-size", metavar="N", panel=_CACHE, help="Tokens a block holds.", min=1, max=1024)
     ] = None,
-    kv_cache_dtype: Annotated[str, _opt("--kv-cache-dtype", panel=_CACHE, help="Number format of the cache.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, _opt("--kv-cache-dtype", metavar="NAME", panel=_CACHE, help="Number format of the cache.")
+    ] = "auto",
     enable_prefix_caching: Annotated[
         bool,
         _opt(
             "--enable-prefix-caching/--no-enable-prefix-caching",
-            panel=_CACHE,
-            help="Keep the blocks of finished requests for others that begin alike.",
+            panel=_SWITCHES,
+            help="Keep the blocks of finished requests for others that begin alike.  [dim]default: on[/dim]",
+            show_default=False,
         ),
     ] = True,
     max_num_seqs: Annotated[
-        int | None, _opt("--max-num-seqs", panel=_CACHE, help="Requests that run at a time.", min=1)
+        int | None, _opt("--max-num-seqs", metavar="N", panel=_CACHE, help="Requests that run at a time.", min=1)
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
@@ -128,23 +152,34 @@ def serve(
         ),
     ] = None,
     max_num_queued_reqs: Annotated[
-        int, _opt("--max-num-queued-reqs", panel=_CACHE, help="Requests that may wait; one more gets 503.", min=1)
+        int,
+        _opt(
+            "--max-num-queued-reqs", metavar="N", panel=_CACHE, help="Requests that may wait; one more gets 503.", min=1
+        ),
     ] = 4096,
     async_scheduling: Annotated[
         bool,
         _opt(
             "--async-scheduling/--no-async-scheduling",
-            panel=_CACHE,
-            help="Plan a step while the one before it runs.",
+            panel=_SWITCHES,
+            help="Plan a step while the one before it runs.  [dim]default: on[/dim]",
+            show_default=False,
         ),
     ] = True,
-    host: Annotated[str, _opt("--host", panel=_HTTP, help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, _opt("--port", panel=_HTTP, help="0 takes a free one.", min=0, max=65535)] = 8000,
-    uds: Annotated[Path | None, _opt("--uds", panel=_HTTP, help="Listen on this Unix socket instead.")] = None,
+    host: Annotated[
+        str, _opt("--host", metavar="ADDRESS", panel=_HTTP, help="Address to listen on; 0.0.0.0 for all.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, _opt("--port", metavar="PORT", panel=_HTTP, help="0 takes a free one.", min=0, max=65535)
+    ] = 8000,
+    uds: Annotated[
+        Path | None, _opt("--uds", metavar="PATH", panel=_HTTP, help="Listen on this Unix socket instead.")
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         _opt(
             "--api-key",
+            metavar="KEY",
             panel=_HTTP,
             help="A key that clients must send; repeat for more.  Others on this machine can read a command "
             "line: prefer the file or the variable.",
@@ -153,27 +188,43 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, _opt("--api-key-file", panel=_HTTP, help="A file with one key a line.")
+        Path | None, _opt("--api-key-file", metavar="PATH", panel=_HTTP, help="A file with one key a line.")
     ] = None,
     drain_grace_s: Annotated[
-        float, _opt("--drain-grace-s", panel=_LIFE, help="Seconds after SIGTERM with requests still taken.", min=0.0)
+        float,
+        _opt(
+            "--drain-grace-s",
+            metavar="SECONDS",
+            panel=_LIFE,
+            help="Seconds after SIGTERM with requests still taken.",
+            min=0.0,
+        ),
     ] = 0.0,
     shutdown_timeout_s: Annotated[
-        float, _opt("--shutdown-timeout-s", "--shutdown-timeout", panel=_LIFE, help="Seconds to finish.", min=0.0)
+        float, _opt("--shutdown-timeout-s", metavar="SECONDS", panel=_LIFE, help="Seconds to finish.", min=0.0)
     ] = 30.0,
     stuck_after_s: Annotated[
-        float, _opt("--stuck-after-s", panel=_LIFE, help="Seconds without progress until /livez fails.", min=0.1)
+        float,
+        _opt(
+            "--stuck-after-s",
+            metavar="SECONDS",
+            panel=_LIFE,
+            help="Seconds without progress until /livez fails.",
+            min=0.1,
+        ),
     ] = 60.0,
     access_log: Annotated[
         bool,
-        _opt(
-            "--access-log/--no-access-log",
-            panel=_LIFE,
-            help="A line of JSON for each request: counts and times, no content.",
-        ),
+        _opt("--access-log", panel=_LIFE, help="A line of JSON a request: counts and times, no text."),
     ] = False,
     log_level: Annotated[
-        LogLevel, _opt("--log-level", panel=_LIFE, help="debug also shows tracebacks.")
+        LogLevel,
+        _opt(
+            "--log-level",
+            metavar="LEVEL",
+            panel=_LIFE,
+            help="debug, info, warning or error; debug also shows tracebacks.",
+        ),
     ] = LogLevel.INFO,
 ) -> None:
     start_logging(log_level, "server")
