@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
@@ -15,10 +15,20 @@ from isthmus.version import __version__
 from isthmus_server.api_error import ApiError, api_error
 from isthmus_server.body import components
 from isthmus_server.gate import Gate
-from isthmus_server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from isthmus_server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, responses
 from isthmus_server.routes import chat, completions, health, metrics, models
-from isthmus_server.routes.documented import ERROR_SCHEMA
 from isthmus_server.service import Service
+
+_ANSWERS: Final = (
+    responses.ChatCompletion,
+    responses.ChatCompletionChunk,
+    responses.Completion,
+    responses.ModelList,
+    responses.Tokenized,
+    responses.Detokenized,
+    responses.Version,
+    responses.ErrorBody,
+)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -66,7 +76,7 @@ def _describe(app: FastAPI, service: Service) -> None:
             schema = described()
             schemas = schema.setdefault("components", {}).setdefault("schemas", {})
             schemas.update(components(CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest))
-            schemas["ErrorBody"] = ERROR_SCHEMA
+            schemas.update(components(*_ANSWERS))
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             if service.keys.required:
                 schema["security"] = [{"key": []}]

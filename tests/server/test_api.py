@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+
+from isthmus_server.protocol import responses
 
 Events = Callable[[str], list[dict[str, Any]]]
 
@@ -142,14 +145,59 @@ def test_probes_and_version(http: httpx.Client) -> None:
     assert set(http.get("/version").json()) == {"version"}
 
 
-def test_openapi_names_every_error(http: httpx.Client) -> None:
+def test_openapi_describes_every_body_and_error(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from ([node["$ref"]] if "$ref" in node else [])
+            node = list(node.values())
+        if isinstance(node, list):
+            for inner in node:
+                yield from references(inner)
+
+    known = {f"#/components/schemas/{name}" for name in schema["components"]["schemas"]}
+    assert set(references(schema)) <= known
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
         post = schema["paths"][path]["post"]
         assert {"400", "401", "404", "405", "413", "415", "500", "503"} <= set(post["responses"])
-        reference = post["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        assert reference in schema["components"]["schemas"]
+        assert "$ref" in post["requestBody"]["content"]["application/json"]["schema"]
+        assert "$ref" in post["responses"]["200"]["content"]["application/json"]["schema"]
     assert "text/event-stream" in schema["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"n": 2, "seed": 1},
+    {"logprobs": True, "top_logprobs": 2},
+    {"return_token_ids": True},
+    {"stop": ["a"]},
+    {"prompt_logprobs": 1},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "return_token_ids": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+def test_answers_are_what_the_description_says(http: httpx.Client, events: Events, options: dict[str, Any]) -> None:
+    base = {"max_tokens": 6, "ignore_eos": True}
+    for chat in (True, False):
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        body = {**base, **options, **({"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "xy"})}
+        if not chat and "top_logprobs" in body:
+            body["logprobs"] = body.pop("top_logprobs")
+        if "stream_options" not in body:
+            answer = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+            assert answer.status_code == 200, answer.text
+            (responses.ChatCompletion if chat else responses.Completion).model_validate_json(answer.content)
+        if "prompt_logprobs" not in body:
+            found = events(http.post(path, json={**body, "stream": True}).text)
+            model = responses.ChatCompletionChunk if chat else responses.Completion
+            parsed = [model.model_validate(event) for event in found]
+            ends = [choice.index for event in parsed for choice in event.choices if choice.finish_reason]
+            assert sorted(ends) == list(range(body.get("n", 1)))  # one end a choice
+    responses.ModelList.model_validate_json(http.get("/v1/models").content)
+    responses.ErrorBody.model_validate_json(http.get("/nothing").content)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

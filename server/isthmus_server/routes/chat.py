@@ -14,7 +14,8 @@ from isthmus_server.conversation import chat_prompt
 from isthmus_server.gate import KEY_DIGEST
 from isthmus_server.logprobs import ChatLogprobs
 from isthmus_server.protocol import ChatRequest
-from isthmus_server.routes.documented import answers
+from isthmus_server.protocol.responses import ChatCompletion, ChatCompletionChunk
+from isthmus_server.routes.documented import API_ERRORS, answers
 from isthmus_server.service import Service, answer_id
 from isthmus_server.writers import ChatWriter
 
@@ -23,7 +24,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
     @router.post(
         "/v1/chat/completions",
         summary="Answer a conversation",
-        responses=answers("The next message, whole or as events.", {"type": "object"}, streams=True),
+        responses=answers("The next message.", ChatCompletion, API_ERRORS, event=ChatCompletionChunk),
         openapi_extra=describe_body(ChatRequest),
     )
     async def chat_completions(request: Request) -> Response:

@@ -15,7 +15,8 @@ from isthmus_server.body import describe_body, read_model
 from isthmus_server.gate import KEY_DIGEST
 from isthmus_server.logprobs import CompletionLogprobs
 from isthmus_server.protocol import CompletionRequest
-from isthmus_server.routes.documented import answers
+from isthmus_server.protocol.responses import Completion
+from isthmus_server.routes.documented import API_ERRORS, answers
 from isthmus_server.service import Service, answer_id
 from isthmus_server.writers import CompletionWriter
 
@@ -24,7 +25,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
     @router.post(
         "/v1/completions",
         summary="Continue a text",
-        responses=answers("The completion, whole or as events.", {"type": "object"}, streams=True),
+        responses=answers("The completion.", Completion, API_ERRORS, event=Completion),
         openapi_extra=describe_body(CompletionRequest),
     )
     async def completions(request: Request) -> Response:

@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_ERROR: Final[dict[str, Any]] = {
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
-}
+from pydantic import BaseModel
 
-ERROR_SCHEMA: Final[dict[str, Any]] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+Responses = dict[int | str, dict[str, Any]]
 
 _TEXTS: Final = {
     400: "A field is missing, wrong or not supported; `param` names it.",
@@ -38,16 +21,24 @@ _TEXTS: Final = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": _TEXTS[status], **_ERROR} for status in statuses}
+def _json(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+
+
+def errors(*statuses: int) -> Responses:
+    return {status: {"description": _TEXTS[status], "content": _json("ErrorBody")} for status in statuses}
 
 
 API_ERRORS: Final = errors(400, 401, 404, 405, 408, 413, 415, 500, 503)
 READ_ERRORS: Final = errors(401, 404, 405, 503)
 
 
-def answers(description: str, schema: dict[str, Any], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    content: dict[str, Any] = {"application/json": {"schema": schema}}
-    if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    return {200: {"description": description, "content": content}, **API_ERRORS}
+def answers(
+    description: str, model: type[BaseModel], failures: Responses, *, event: type[BaseModel] | None = None
+) -> Responses:
+    """``model`` is the whole answer, ``event`` what the ``data:`` lines of its stream hold."""
+    content = _json(model.__name__)
+    if event is not None:
+        text = f"Lines of `data: ` with a {event.__name__} or an ErrorBody each, and at last `data: [DONE]`."
+        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+    return {200: {"description": description, "content": content}, **failures}

@@ -13,31 +13,34 @@ from isthmus_server.api_error import bad_request
 from isthmus_server.body import describe_body, read_model
 from isthmus_server.conversation import chat_prompt
 from isthmus_server.protocol import DetokenizeRequest, TokenizeRequest
-from isthmus_server.routes.documented import API_ERRORS, READ_ERRORS
+from isthmus_server.protocol.responses import Detokenized, ModelCard, ModelList, Tokenized, Version
+from isthmus_server.routes.documented import API_ERRORS, READ_ERRORS, answers
 from isthmus_server.service import Service
 
 
 def add_routes(router: APIRouter, service: Service) -> None:
-    @router.get("/v1/models", summary="The models served here", responses=READ_ERRORS)
+    @router.get(
+        "/v1/models", summary="The models served here", responses=answers("A card each.", ModelList, READ_ERRORS)
+    )
     async def models() -> Response:
         # Some load balancers take this path for their readiness probe.
         service.lifecycle.require_accepting()
         return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.settings.names]})
 
-    @router.get("/v1/models/{name:path}", summary="One model", responses=READ_ERRORS)
+    @router.get("/v1/models/{name:path}", summary="One model", responses=answers("Its card.", ModelCard, READ_ERRORS))
     async def model(name: str) -> Response:
         service.lifecycle.require_accepting()
         service.check_model(name)
         return JSONResponse(_card(service, name))
 
-    @router.get("/version", summary="The version of Isthmus", responses=READ_ERRORS)
+    @router.get("/version", summary="The version of Isthmus", responses=answers("It.", Version, READ_ERRORS))
     async def version() -> Response:
         return JSONResponse({"version": __version__})
 
     @router.post(
         "/tokenize",
         summary="Text or messages to token ids",
-        responses=API_ERRORS,
+        responses=answers("The ids, and how many.", Tokenized, API_ERRORS),
         openapi_extra=describe_body(TokenizeRequest),
     )
     async def tokenize(request: Request) -> Response:
@@ -53,7 +56,7 @@ def add_routes(router: APIRouter, service: Service) -> None:
     @router.post(
         "/detokenize",
         summary="Token ids to text",
-        responses=API_ERRORS,
+        responses=answers("The text.", Detokenized, API_ERRORS),
         openapi_extra=describe_body(DetokenizeRequest),
     )
     async def detokenize(request: Request) -> Response:
