@@ -9,11 +9,11 @@ import torch
 from isthmus.contract import Capabilities, DeviceInfo, GraphScope
 from isthmus.errors import BackendError, BackendUnavailable
 from isthmus.reference import ReferenceCollectives
-from isthmus_cuda.graphs import CudaGraphs
-from isthmus_cuda.memory import CudaMemory
 from isthmus_triton.attention import TritonAttention
+from isthmus_triton.graphs import StreamGraphs
 from isthmus_triton.inputs import TritonInputs
 from isthmus_triton.launch import TABLES, launch_table
+from isthmus_triton.memory import StreamMemory
 from isthmus_triton.ops import TritonOps
 from isthmus_triton.sampling import TritonSampling
 
@@ -44,12 +44,12 @@ class CudaBackend:
         properties = torch.cuda.get_device_properties(device)
         self._arch = f"sm_{properties.major}{properties.minor}"
         table = launch_table(self._arch)
-        self._memory = CudaMemory(device)
+        self._memory = StreamMemory(device)
         self._attention = TritonAttention(device, table, properties.multi_processor_count)
         self._ops = TritonOps(device, table)
         self._sampling = TritonSampling(device)
         self._inputs = TritonInputs(device)
-        self._graphs = CudaGraphs(device)
+        self._graphs = StreamGraphs(device)
         self._collectives = ReferenceCollectives()
 
     @property
@@ -81,11 +81,11 @@ class CudaBackend:
         return self._inputs
 
     @property
-    def graphs(self) -> CudaGraphs:
+    def graphs(self) -> StreamGraphs:
         return self._graphs
 
     @property
-    def memory(self) -> CudaMemory:
+    def memory(self) -> StreamMemory:
         return self._memory
 
     @property

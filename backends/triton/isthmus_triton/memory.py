@@ -1,4 +1,4 @@
-"""Order of steps, copies to the host beside the steps, and memory figures."""
+"""Order of steps, copies to the host beside the steps, and memory figures, through ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Fetched:
         return [array.numpy() for array in self._arrays]
 
 
-class CudaMemory:
+class StreamMemory:
     """:class:`isthmus.contract.Memory`.
 
     A step only queues work, so :meth:`launch` runs it on the calling thread.  :meth:`fetch` copies on

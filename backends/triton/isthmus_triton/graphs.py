@@ -1,4 +1,4 @@
-"""Capture of a step as a CUDA graph."""
+"""Capture of a step as a graph of the device's runtime, on every device that torch reaches as ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Replay:
         self._graph.replay()
 
 
-class CudaGraphs:
+class StreamGraphs:
     """:class:`isthmus.contract.Graphs`.
 
     All graphs share one memory pool: they never run at once, and each one's outputs are read before
