@@ -106,9 +106,14 @@ class LoadedPlugin:
             raise self._error(f"isthmus_open returned a {type(opened).__name__} that lacks {', '.join(missing)}")
         return opened
 
+    @property
+    def states_capabilities(self) -> bool:
+        """Whether the plugin has the optional hook that says what a device can do without opening it."""
+        return bool(self._hooks.isthmus_capabilities.get_hookimpls())
+
     def capabilities(self, device: DeviceInfo) -> Capabilities:
         """From the hook if the plugin has it, else from the device, opened and closed again."""
-        if not self._hooks.isthmus_capabilities.get_hookimpls():
+        if not self.states_capabilities:
             backend = self.open(device, {})
             try:
                 return backend.capabilities

@@ -232,7 +232,10 @@ class Executor:
         if scope is GraphScope.NONE:
             return ()
         if any_size:
-            sizes = [self._limits.max_rows if scope is GraphScope.STEP else self._limits.max_tokens]
+            limits = self._limits
+            # Few short rows may not fill a step of max_tokens.
+            most = min(limits.max_tokens, limits.max_rows * limits.max_model_len)
+            sizes = [limits.max_rows if scope is GraphScope.STEP else most]
         else:
             sizes = decode_sizes(min(self._limits.max_rows, self._limits.max_tokens))
         any_shape = any_size and scope is GraphScope.FORWARD
