@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import signal
@@ -86,11 +85,12 @@ class ServerProcess:
         http = HttpServer(create_app(service))
         serving = asyncio.create_task(http.serve(sockets=[self._sock]))
         try:
-            engine = await self._or_stopped(starting)
-            if engine is None:
+            loaded = await self._or_stopped(starting, tokenizer)
+            if loaded is None:
                 return 0
+            engine, text = loaded
             try:
-                return await self._serve(service, engine, http, await tokenizer)
+                return await self._serve(service, engine, http, text)
             finally:
                 await engine.shutdown(timeout_s=0.0 if self._force.is_set() else 5.0)
         finally:
@@ -159,17 +159,21 @@ class ServerProcess:
         level = self._settings.log_level.upper()
         return await AsyncEngineClient.start(self._settings.engine, log_level=level)
 
-    async def _or_stopped(self, starting: asyncio.Task[AsyncEngineClient]) -> AsyncEngineClient | None:
-        """The engine, or ``None`` if a signal came first."""
+    async def _or_stopped(
+        self, starting: asyncio.Task[AsyncEngineClient], tokenizer: asyncio.Future[Tokenizer]
+    ) -> tuple[AsyncEngineClient, Tokenizer] | None:
+        """Both parts, or ``None`` if a signal came first.  What goes wrong with either ends the other."""
         stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        loading = asyncio.gather(starting, tokenizer)
+        done, _ = await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        if starting.done():
-            return starting.result()
+        if loading in done and not loading.cancelled() and loading.exception() is None:
+            return loading.result()
         starting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await starting
-        return None
+        await asyncio.gather(starting, loading, return_exceptions=True)
+        if starting.done() and not starting.cancelled() and starting.exception() is None:
+            await starting.result().shutdown()
+        return loading.result() if loading in done else None
 
     async def _unless_forced(self, waiting: Coroutine[Any, Any, object]) -> None:
         task = asyncio.create_task(waiting)

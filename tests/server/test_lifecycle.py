@@ -231,6 +231,17 @@ def test_bad_input_is_one_line(toy_model: Path, arguments: tuple[str, ...], word
         assert word in line
 
 
+@pytest.mark.parametrize("load_s", ["0", "20"])
+def test_a_bad_tokenizer_is_told_without_waiting_for_the_weights(toy_model: Path, tmp_path: Path, load_s: str) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((toy_model / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    started = time.monotonic()
+    line = one_line(serve(str(tmp_path), "--device", "null", "--backend-option", f"load_s={load_s}", "--port", "0"))
+    assert "tokenizer" in line
+    assert time.monotonic() - started < 15
+
+
 def test_keys_come_from_a_file_and_from_the_environment(start_server: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("key-one\n\n key-two \n")
