@@ -17,6 +17,7 @@ from isthmus_cpu.arena import Life, place
 from isthmus_cpu.fusion import fuse
 from isthmus_cpu.inputs import PanelInputs
 from isthmus_cpu.library import Op, Pool
+from isthmus_cpu.pages import large_pages
 from isthmus_cpu.runner import Record, Runner, Trace
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class TapeGraphs:
         records = fuse(trace.records, kept, self._panel)
         lives = _lives(trace, records, kept)
         offsets, total = place(list(lives.values()))
-        arena = torch.empty(total, dtype=torch.uint8)
+        arena = large_pages(total)
         moved = {address: arena.data_ptr() + offset - address for address, offset in zip(lives, offsets, strict=True)}
         ops = (Op * len(records))()
         constants: list[Any] = [arena, outputs]

@@ -13,6 +13,7 @@ from torch import Tensor
 from isthmus.contract import LinearWeight
 from isthmus.errors import Unsupported
 from isthmus_cpu.library import Epilogue, Kind, Library
+from isthmus_cpu.pages import Slabs
 from isthmus_cpu.runner import Runner
 
 ACTIVATIONS: Final = {"silu": Epilogue.SILU, "gelu_tanh": Epilogue.GELU_TANH}
@@ -54,6 +55,7 @@ class PanelOps:
         self._runner = runner
         self._packers = ThreadPoolExecutor(threads, thread_name_prefix="isthmus-pack")
         self._threads = threads
+        self._slabs = Slabs()
 
     def close(self) -> None:
         self._packers.shutdown()
@@ -166,7 +168,7 @@ class PanelOps:
             raise Unsupported(f"the cpu backend keeps weights as bfloat16 or float32, not {weights.dtype}")
         weights = weights.contiguous()
         each = int(self._library.calls.isthmus_packed_bytes(out, depth, kind))
-        packed = torch.empty(count * each, dtype=torch.uint8)
+        packed = self._slabs.take(count * each)
         panels = -(-out // self._library.panel)
         step = max(1, -(-panels // self._threads))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isthmus.errors import Unsupported
 from isthmus_cpu.library import Kind, Op, Pool, Rows, make_op
+from isthmus_cpu.pages import large_pages
 
 Pointer: TypeAlias = Tensor | None
 
@@ -85,7 +86,7 @@ class Runner:
         if self.trace is not None:
             return self.empty(like, rows, width)
         if self._large.numel() < rows * width:
-            self._large = torch.empty(rows * width, dtype=torch.float32)
+            self._large = large_pages(rows * width * 4).view(torch.float32)
         return self._large[: rows * width].view(rows, width)
 
     def run(

@@ -90,14 +90,42 @@ struct Attended {
     return (int64_t(table[block]) * layer.kv_heads + head) * layer.value_block / kStep;
   }
 
+  // Ask for a block's values, and for the keys of the block after it: blocks lie anywhere, so that the
+  // processor does not guess the next one.
+  void fetch_ahead(int64_t position, int64_t end) const {
+    const char* value = reinterpret_cast<const char*>(values + value_at(position / layer.block));
+    const int64_t value_bytes = layer.value_block / kStep * sizeof(Element);
+    for (int64_t n = 0; n < value_bytes; n += 64) __builtin_prefetch(value + n);
+    if (position + layer.block >= end) return;
+    const char* key = reinterpret_cast<const char*>(keys + key_at(position / layer.block + 1));
+    const int64_t key_bytes = layer.key_block / kStep * sizeof(Element);
+    for (int64_t n = 0; n < key_bytes; n += 64) __builtin_prefetch(key + n);
+  }
+
+  const Element* key_columns(int64_t position) const {
+    return keys + key_at(position / layer.block) + position % layer.block;
+  }
+
   // Scores of keys [begin, begin + count), where begin is a multiple of the block size.
-  void score(int64_t begin, int64_t count) {
+  void score(int64_t begin, int64_t count, int64_t end) {
+    for (int64_t row = 0; row < rows; row++) std::fill_n(scores + row * kKeys, kKeys, 0.0f);
     for (int64_t column = 0; column < count; column += kWide) {
       const int64_t position = begin + column;
-      const Element* from = keys + key_at(position / layer.block) + position % layer.block;
-      for (int64_t row = 0; row < rows; row++) std::fill_n(scores + row * kKeys + column, kWide, 0.0f);
-      tiles<kVectors>(rows, Operands<float, Element>{query, layer.dim, from, layer.block, 0, layer.dim, scores + column,
-                                                     kKeys, 0});
+      if (position % layer.block == 0) fetch_ahead(position, end);
+      const Element* from = key_columns(position);
+      if (rows <= 3 && column + kWide < count) {
+        // Two slices of keys together, for as many sums as keep the multipliers busy.
+        if ((position + kWide) % layer.block == 0) fetch_ahead(position + kWide, end);
+        const Operands<float, Element> two{query, layer.dim, from, layer.block, key_columns(position + kWide) - from,
+                                           layer.dim, scores + column, kKeys, kWide};
+        if (rows == 1) tile<1, 2, kVectors>(two);
+        if (rows == 2) tile<2, 2, kVectors>(two);
+        if (rows == 3) tile<3, 2, kVectors>(two);
+        column += kWide;
+      } else {
+        tiles<kVectors>(
+            rows, Operands<float, Element>{query, layer.dim, from, layer.block, 0, layer.dim, scores + column, kKeys, 0});
+      }
     }
   }
 
@@ -141,19 +169,28 @@ struct Attended {
     }
   }
 
+  // P slices of columns of R rows of the result.
+  template <int R, int P>
+  __attribute__((noinline)) void gather_slices(int64_t row, int64_t begin, int64_t count, int64_t column) {
+    vf acc[R][P * kVectors];
+    float* c = result + row * layer.padded + column;
+    load_tile<R, P, kVectors>(acc, c, layer.padded, kWide);
+    for (int64_t done = 0; done < count; done += layer.block) {
+      const Element* from = values + value_at((begin + done) / layer.block) + column;
+      accumulate<R, P, kVectors>(acc, Operands<float, Element>{scores + row * kKeys + done, kKeys, from, layer.padded,
+                                                               kWide, std::min(layer.block, count - done), c, 0, 0});
+    }
+    store_tile<R, P, kVectors>(acc, c, layer.padded, kWide);
+  }
+
   template <int R>
   void gather_tile(int64_t row, int64_t begin, int64_t count) {
-    for (int64_t d = 0; d < layer.padded; d += kWide) {
-      vf acc[R][kVectors];
-      float* c = result + row * layer.padded + d;
-      load_tile<R, 1, kVectors>(acc, c, layer.padded, 0);
-      for (int64_t done = 0; done < count; done += layer.block) {
-        const Element* from = values + value_at((begin + done) / layer.block) + d;
-        accumulate<R, 1, kVectors>(acc, Operands<float, Element>{scores + row * kKeys + done, kKeys, from, layer.padded, 0,
-                                                                 std::min(layer.block, count - done), c, 0, 0});
-      }
-      store_tile<R, 1, kVectors>(acc, c, layer.padded, 0);
+    constexpr int kSlices = R * kVectors <= 3 ? 4 : R * kVectors <= 6 ? 2 : 1;
+    int64_t column = 0;
+    for (; column + kSlices * kWide <= layer.padded; column += kSlices * kWide) {
+      gather_slices<R, kSlices>(row, begin, count, column);
     }
+    for (; column < layer.padded; column += kWide) gather_slices<R, 1>(row, begin, count, column);
   }
 
   // result += weights @ values
@@ -181,7 +218,7 @@ struct Attended {
     for (int64_t begin = seen / layer.block * layer.block, next; begin < end; begin = next) {
       next = (begin / kKeys + 1) * kKeys;
       const int64_t count = std::min(next, end) - begin;
-      score(begin, count);
+      score(begin, count, end);
       weigh(begin, count);
       gather(begin, count);
     }

@@ -21,6 +21,13 @@ static ALWAYS void pin(T& x) {
 #endif
 }
 
+// Asks for what a panel holds some rows further on (its end runs into the next panel): the processor
+// streams by itself, but not past the end of a page.  With many panels at once it keeps up alone.
+template <int P, class B>
+static ALWAYS void fetch_ahead(const B* b) {
+  if (P <= 2) __builtin_prefetch(reinterpret_cast<const char*>(b) + 2048);
+}
+
 // Where a tile's operands lie.  Strides count elements of their own type.
 template <class A, class B>
 struct Operands {
@@ -70,6 +77,7 @@ static ALWAYS void accumulate(vf (&acc)[R][P * V], const Operands<float, uint32_
   for (int64_t k = 0; k < o.depth; k += 2, b += o.ldb) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
+      fetch_ahead<P>(b + p * o.b_panel);
       vu pair[V];
       vf column[V];
 #pragma GCC unroll 2
@@ -93,6 +101,7 @@ static ALWAYS void accumulate(vf (&acc)[R][P * V], const Operands<uint32_t, uint
   for (int64_t k = 0; k < o.depth; k++, b += o.ldb) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
+      fetch_ahead<P>(b + p * o.b_panel);
       vu column[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) {
@@ -130,9 +139,9 @@ static ALWAYS void store_tile(const vf (&acc)[R][P * V], float* c, int64_t ldc, 
   }
 }
 
-// c += a @ b
+// c += a @ b.  Not inlined: within a larger function the accumulators would not stay in their registers.
 template <int R, int P, int V, class A, class B>
-static void tile(const Operands<A, B>& o) {
+static __attribute__((noinline)) void tile(const Operands<A, B>& o) {
   vf acc[R][P * V];
   load_tile<R, P, V>(acc, o.c, o.ldc, o.c_panel);
   accumulate<R, P, V>(acc, o);
