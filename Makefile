@@ -44,7 +44,7 @@ $(MODEL): scripts/fetch_model.py | $(VENV)/bin/python
 	@$(BIN)/python scripts/fetch_model.py
 
 test: dev model  ## Everything that can run without an accelerator
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m 'not slow'
 
 lint: dev
 	$(BIN)/ruff check .
