@@ -213,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(100_000):
+        for _ in range(5_000):
             if not self.scheduler.has_work:
                 break
             self.plan(count=3)

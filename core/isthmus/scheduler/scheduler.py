@@ -192,7 +192,7 @@ class Scheduler:
         return draft
 
     def _continue_running(self, draft: Draft) -> None:
-        while self._running:
+        while True:
             order = self._running_rows()
             lengths = self._spans.share(self._rows.needed(order), draft.budget, bool(self._waiting))
             chosen = np.flatnonzero(lengths)

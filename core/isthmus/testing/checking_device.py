@@ -58,14 +58,20 @@ class CheckingDevice:
         self.num_prompt_tokens = np.zeros(rows, np.int32)
         self.queue: deque[StepPlan] = deque()
         self.computed = 0
+        self.void_step = -1
 
     def submit(self, plan: StepPlan) -> None:
         assert len(set(plan.span_rows.tolist())) == plan.num_spans, "a row has two spans"
         self.queue.append(plan)
 
     def drop(self) -> StepPlan:
-        """The oldest step fails before it has done anything."""
-        return self.queue.popleft()
+        """The oldest step fails before it has done anything.
+
+        Steps already submitted after it still run.  Whatever they write may be wrong, so it is made so.
+        """
+        plan = self.queue.popleft()
+        self.void_step = plan.step + len(self.queue)
+        return plan
 
     def collect(self, invalid_rows: Collection[int] = ()) -> StepResult:
         plan = self.queue.popleft()
@@ -79,7 +85,7 @@ class CheckingDevice:
         assert 0 not in plan.block_ids, "the spare block was handed out"
         self.tables[plan.block_rows, plan.block_indices] = plan.block_ids
         spans = list(zip(plan.span_rows.tolist(), plan.span_starts.tolist(), plan.span_lengths.tolist(), strict=True))
-        states = [self._compute(*span) for span in spans]
+        states = [self._spoil(*span) if plan.step <= self.void_step else self._compute(*span) for span in spans]
         pieces = {
             row: self._piece(start, length, row) for row, start, length in spans if self.want_prompt_logprobs[row]
         }
@@ -102,7 +108,6 @@ class CheckingDevice:
 
     def _slot(self, row: int, position: int) -> int:
         block = int(self.tables[row, position // self.block_size])
-        assert block, f"row {row} has no block for position {position}"
         return block * self.block_size + position % self.block_size
 
     def _compute(self, row: int, start: int, length: int) -> int:
@@ -110,6 +115,8 @@ class CheckingDevice:
         state = SEED_DIGEST
         for position in range(start):
             state = digest(state, int(self.tokens[row, position]))
+        blocks = self.tables[row, : (start + length - 1) // self.block_size + 1]
+        assert blocks.all(), f"row {row} has {blocks.tolist()} for positions up to {start + length}"
         for position in range(start, start + length):
             token = int(self.tokens[row, position])
             assert token >= 0, f"row {row} computes position {position}, whose token nobody knows"
@@ -122,6 +129,12 @@ class CheckingDevice:
             assert seen == (token, position, state), f"row {row} reads {seen} at {position}, not {(token, state)}"
             state = digest(state, token)
         return state
+
+    def _spoil(self, row: int, start: int, length: int) -> int:
+        """What :meth:`_compute` does in a step that rests on one that failed."""
+        for position in range(start, start + length):
+            self.kv[self._slot(row, position)] = None
+        return 0
 
     def _piece(self, start: int, length: int, row: int) -> TokenLogprobs:
         end = min(start + length + 1, int(self.num_prompt_tokens[row]))
