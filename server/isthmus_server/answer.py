@@ -99,8 +99,6 @@ class GeneratedResponse(Response):
             running.done = True  # nothing left to cancel
             scope[OUTCOME] = self._generation.outcome()
             watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
 
     def _count(self, error: Exception, found: ApiError) -> None:
         if isinstance(error, EngineDead):
