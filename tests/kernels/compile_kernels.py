@@ -6,11 +6,12 @@ may take, or spills registers.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -28,6 +29,7 @@ from isthmus_triton.kernels import (
     prepare,
     rotate_and_store,
     sample,
+    shared_attention,
 )
 from isthmus_triton.launch import launch_table
 
@@ -61,8 +63,8 @@ def attention_cases(arch: str) -> Iterator[Case]:
                 decode_attention.decode_kernel,
                 f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} block_tables:*i32 programs:*i32 "
                 "short_spans:*i32 partial_out:*fp32 partial_max:*fp32 partial_sum:*fp32 arrivals:*i32 "
-                "table_stride:i32 kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
-                {**shape, **switches, "ROWS": rows, "KEY_TILE": decode.key_tile, "STAGES": decode.stages},
+                "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
+                {**shape, **switches, "SHARED": rows == 16, "ROWS": rows, "KEY_TILE": decode.key_tile, "STAGES": decode.stages},
                 decode.warps,
             )
         prefill = table.prefill_for(row_bytes)
@@ -77,6 +79,21 @@ def attention_cases(arch: str) -> Iterator[Case]:
                 **switches,
                 "QUERY_TILE": prefill.query_tile,
                 "KEY_TILE": prefill.key_tile,
+                "STAGES": prefill.stages,
+            },
+            prefill.warps,
+        )
+        yield Case(
+            f"shared {dim} {dtype}",
+            shared_attention.shared_kernel,
+            f"query:*{dtype} keys:*{dtype} values:*{dtype} block_tables:*i32 programs:*i32 short_spans:*i32 "
+            "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 "
+            "scale:fp32 softcap:fp32",
+            {
+                **shape,
+                "HAS_SOFTCAP": False,
+                "PRECISION": "ieee",
+                "KEY_TILE": decode.key_tile,
                 "STAGES": prefill.stages,
             },
             prefill.warps,
@@ -98,9 +115,10 @@ def attention_cases(arch: str) -> Iterator[Case]:
     yield Case(
         "plan",
         plan.plan_kernel,
-        "context_lengths:*i32 query_starts:*i32 span_rows:*i32 programs:*i32 short_spans:*i32 long_tiles:*i32 "
-        "num_spans:i32 num_programs:i32 kv_heads:i32 window:i32 short_length:i32 least_tiles:i32",
-        {"GROUP": 4, "KEY_TILE": 64, "QUERY_TILE": 128, "SPANS": 1024, "PROGRAMS": 512, "SEARCH": 11},
+        "context_lengths:*i32 query_starts:*i32 span_rows:*i32 block_tables:*i32 programs:*i32 short_spans:*i32 "
+        "long_tiles:*i32 num_spans:i32 num_programs:i32 kv_heads:i32 window:i32 short_length:i32 least_tiles:i32 "
+        "table_stride:i32 shared_programs:i32",
+        {"GROUP": 4, "KEY_TILE": 64, "QUERY_TILE": 128, "SPANS": 1024, "PROGRAMS": 512, "SEARCH": 11, "BLOCK_SIZE": 64, "SHARE": True},
         8,
     )
 
@@ -161,14 +179,14 @@ def step_cases(arch: str) -> Iterator[Case]:
         "slices",
         sample.slices_kernel,
         f"logits:*fp32 slices:*fp32 slice_ids:*i32 group_tops:*fp32 collected:*i32 {rows} vocab:i32",
-        {"BLOCK": 4096, "GROUP": 128},
+        {"BLOCK": 2048, "GROUP": 128},
     )
     yield Case(
         "check",
         sample.check_kernel,
         "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 row_parameters:*i64 sample_rows:*i32 vocab:i32 "
         "num_slices:i32",
-        {"SLICES": 32, "BLOCK": 4096},
+        {"SLICES": 64, "BLOCK": 2048},
     )
     yield Case(
         "choose",
@@ -176,8 +194,8 @@ def step_cases(arch: str) -> Iterator[Case]:
         "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 group_tops:*fp32 some_x:*fp32 some_ids:*i32 "
         f"collected:*i32 invalid_before:*i32 {rows} tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 "
         "history_stride:i32 num_slices:i32 num_groups:i32",
-        {"SLICES": 32, "GROUPS": 1024, "MOST": 2048, "BLOCK": 4096},
-        16,
+        {"SLICES": 64, "GROUPS": 1024, "MOST": 2048, "BLOCK": 8192},
+        launch_table(arch).choose_warps,
     )
     yield Case(
         "start rows",
@@ -204,6 +222,12 @@ def step_cases(arch: str) -> Iterator[Case]:
 def compile_case(case: Case, target: GPUTarget) -> Any:
     names = case.kernel.arg_names
     signature = dict(part.split(":") for part in case.signature.split())
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(case.kernel.fn).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    case = replace(case, constants={**defaults, **case.constants})
     missing = set(names) - set(signature) - set(case.constants)
     assert not missing, f"{case.name}: no type for {sorted(missing)}"
     # Pointers and sizes are multiples of 16 in every real call.

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec
 from isthmus.plan import StepPlan
@@ -32,6 +33,7 @@ class Step:
         limits: Limits,
         table: LaunchTable | None = None,
         units: int = 3,
+        shared_blocks: int = 0,
     ) -> None:
         self.layer, self.dtype, self.device, self.limits = layer, dtype, device, limits
         generator = torch.Generator().manual_seed(7)
@@ -48,7 +50,7 @@ class Step:
             for place in range(-(-(start + length) // limits.block_size)):
                 rows.append(row)
                 places.append(place)
-                blocks.append(order[len(blocks)])
+                blocks.append(order[place if place < shared_blocks else len(blocks) + shared_blocks])
         self.reference_inputs = ReferenceInputs(device)
         self.state = self.reference_inputs.allocate(limits)
         self.plan = StepPlan(
@@ -73,9 +75,13 @@ class Step:
         self, spans: list[tuple[int, int]], rows: list[int], places: list[int], blocks: list[int]
     ) -> None:
         size = self.limits.block_size
+        seen: set[int] = set()
         for row, place, block in zip(rows, places, blocks, strict=True):
             known = min(size, max(0, spans[row][0] - place * size))
             shape = (known, self.layer.kv_heads, self.layer.head_dim)
+            if block in seen:
+                continue
+            seen.add(block)
             keys, values = self.random(*shape), self.random(*shape)
             self.reference_cache.keys[block, :known], self.reference_cache.values[block, :known] = keys, values
             self.triton_cache.keys[block, :, :known] = keys.transpose(0, 1)
@@ -183,3 +189,26 @@ def test_a_neighbour_changes_nothing(device: torch.device, arch: str) -> None:
     out, _ = long.run()
     assert torch.isnan(out[0]).any()
     torch.testing.assert_close(out[1], expected[1], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shared_blocks", [0, 2, 5])
+@pytest.mark.parametrize("units", [1, 6, 40])
+def test_keys_that_all_short_spans_share(
+    device: torch.device, arch: str, shared_blocks: int, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus_triton.kernels.plan._LEAST_SHARED", tl.constexpr(1))
+    table = replace(launch_table(arch), share_spans=2)
+    spans = [(96, 1), (97, 1), (80, 1), (250, 1), (130, 1), (85, 40)]
+    step = Step(
+        device, arch, spans, LAYER, torch.float32, LIMITS, table=table, units=units, shared_blocks=shared_blocks
+    )
+    check(step, pad_tokens=3, pad_spans=2)
+    [buffers] = step.triton._buffers.values()
+    key_tile = table.decode_for(256).key_tile
+    assert buffers.programs[4].item() == shared_blocks * 16 // key_tile
+
+
+def test_verify_spans_share_nothing(device: torch.device, arch: str) -> None:
+    table = replace(launch_table(arch), share_spans=2)
+    spans = [(96, 1), (97, 2), (80, 1)]
+    check(Step(device, arch, spans, LAYER, torch.float32, LIMITS, table=table, shared_blocks=5))

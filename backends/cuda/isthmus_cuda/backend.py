@@ -9,6 +9,7 @@ import torch
 from isthmus.contract import Capabilities, DeviceInfo, GraphScope
 from isthmus.errors import BackendError, BackendUnavailable
 from isthmus.reference import ReferenceCollectives
+from isthmus_cuda.flash import FlashAttention, find_flash
 from isthmus_triton.attention import TritonAttention
 from isthmus_triton.graphs import StreamGraphs
 from isthmus_triton.inputs import TritonInputs
@@ -37,7 +38,7 @@ CAPABILITIES: Final = Capabilities(
 class CudaBackend:
     """:class:`isthmus.contract.Backend` of one CUDA device."""
 
-    def __init__(self, info: DeviceInfo) -> None:
+    def __init__(self, info: DeviceInfo, flash: str = "auto") -> None:
         self._info = info
         device = torch.device("cuda", info.index)
         torch.cuda.set_device(device)
@@ -45,9 +46,15 @@ class CudaBackend:
         self._arch = f"sm_{properties.major}{properties.minor}"
         table = launch_table(self._arch)
         self._memory = StreamMemory(device)
-        self._attention = TritonAttention(device, table, properties.multi_processor_count)
+        units = properties.multi_processor_count
+        self._flash = find_flash(self._arch, flash)
+        self._attention = (
+            TritonAttention(device, table, units)
+            if self._flash.function is None
+            else FlashAttention(device, table, units, self._flash.function)
+        )
         self._ops = TritonOps(device, table)
-        self._sampling = TritonSampling(device)
+        self._sampling = TritonSampling(device, table)
         self._inputs = TritonInputs(device)
         self._graphs = StreamGraphs(device)
         self._collectives = ReferenceCollectives()
@@ -96,6 +103,7 @@ class CudaBackend:
         table = "its own table" if self._arch in TABLES else "the table of small tiles: none was measured for it"
         return {
             "attention": f"Triton kernels, launch parameters for {self._arch} from {table}",
+            "attention of long spans": self._flash.reason,
             "linear": "cuBLAS; Triton for few rows where the table says that it is faster",
             "norm, rotary, activation, embedding": "Triton kernels",
             "experts": "plain torch",
@@ -111,8 +119,12 @@ class CudaBackend:
 
 def open_backend(device: DeviceInfo, options: dict[str, Any]) -> CudaBackend:
     """Raises :class:`BackendError` for an unknown option, :class:`BackendUnavailable` for a device of no use."""
-    if options:
-        raise BackendError(f"the cuda backend takes no options; it was given {', '.join(sorted(options))}")
+    unknown = sorted(set(options) - {"flash"})
+    if unknown:
+        raise BackendError(f"the cuda backend has no option {', '.join(unknown)}; it takes flash=auto or flash=off")
+    flash = options.get("flash", "auto")
+    if flash not in ("auto", "off"):
+        raise BackendError(f"the cuda backend's option flash is {flash!r}; it must be auto or off")
     if not torch.cuda.is_available():
         raise BackendUnavailable(
             f"torch {torch.__version__} cannot use {device.name}; "
@@ -124,4 +136,4 @@ def open_backend(device: DeviceInfo, options: dict[str, Any]) -> CudaBackend:
             f"{device.name} has compute capability {capability[0]}.{capability[1]}; "
             f"the cuda backend needs at least {OLDEST[0]}.{OLDEST[1]}"
         )
-    return CudaBackend(device)
+    return CudaBackend(device, flash)

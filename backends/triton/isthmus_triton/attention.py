@@ -13,10 +13,16 @@ from torch import Tensor
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
 from isthmus.errors import OutOfMemory
 from isthmus.reference.dtypes import torch_dtype
-from isthmus_triton.kernels.decode_attention import DecodeScratch, decode_attention, rows_for
+from isthmus_triton.kernels.decode_attention import (
+    DecodeScratch,
+    SharedScratch,
+    decode_attention,
+    rows_for,
+)
 from isthmus_triton.kernels.plan import PlanBuffers, make_plan
 from isthmus_triton.kernels.prefill_attention import prefill_attention
 from isthmus_triton.kernels.rotate_and_store import rotate_and_store
+from isthmus_triton.kernels.shared_attention import shared_attention
 from isthmus_triton.launch import DecodeLaunch, LaunchTable, PrefillLaunch
 
 SHORT_SPAN: Final = 8
@@ -59,6 +65,7 @@ class StepPlanning:
     buffers: dict[_Shape, PlanBuffers]
     longest_short: dict[_Shape, int]
     any_long: dict[_Shape, bool]
+    share: bool
 
 
 class TritonAttention:
@@ -74,7 +81,9 @@ class TritonAttention:
         self._compute_units = compute_units
         self._buffers: dict[_Shape, PlanBuffers] = {}
         self._scratch: dict[tuple[int, int, int], DecodeScratch] = {}
+        self._shared: dict[tuple[int, int], SharedScratch] = {}
         self._itemsize = 2
+        self._block_size = 0
 
     def block_bytes(self, layer: AttentionSpec, block_size: int, kv_dtype: str) -> int:
         return 2 * block_size * layer.kv_heads * layer.head_dim * torch_dtype(kv_dtype).itemsize
@@ -82,6 +91,7 @@ class TritonAttention:
     def allocate(self, layers: Sequence[AttentionSpec], limits: Limits, kv_dtype: str) -> Sequence[BlockCache]:
         dtype = torch_dtype(kv_dtype)
         self._itemsize = dtype.itemsize
+        self._block_size = limits.block_size
         caches = []
         try:
             for layer in layers:
@@ -105,11 +115,19 @@ class TritonAttention:
             launch = self._table.decode_for(shape.row_bytes)
             programs = launch.programs_per_unit * self._compute_units
             if shape not in self._buffers:
-                self._buffers[shape] = PlanBuffers.allocate(programs, limits.max_rows, self._device)
+                self._buffers[shape] = PlanBuffers.allocate(
+                    programs, self._compute_units, limits.max_rows, self._device
+                )
             rows = rows_for(shape.group, self._short_length(shape))
             key = (programs, rows, triton.next_power_of_2(layer.head_dim))
             if key not in self._scratch:
                 self._scratch[key] = DecodeScratch.allocate(*key, self._device)
+            self._allocate_shared(layer, limits.max_rows)
+
+    def _allocate_shared(self, layer: AttentionSpec, max_rows: int) -> None:
+        key = (layer.heads, triton.next_power_of_2(layer.head_dim))
+        if not layer.window and max_rows >= self._table.share_spans and key not in self._shared:
+            self._shared[key] = SharedScratch.allocate(self._compute_units, max_rows, *key, self._device)
 
     @staticmethod
     def _short_length(shape: _Shape) -> int:
@@ -121,6 +139,7 @@ class TritonAttention:
     def plan(self, inputs: StepInputs) -> StepPlanning:
         longest = inputs.max_query_length
         shorts, longs = {}, {}
+        share = inputs.num_spans >= self._table.share_spans
         for shape, buffers in self._buffers.items():
             decode, prefill = self._launches(shape)
             short = self._short_length(shape)
@@ -136,8 +155,10 @@ class TritonAttention:
                 query_tile=prefill.query_tile,
                 short_length=shorts[shape],
                 least_tiles=decode.least_tiles,
+                block_size=self._block_size,
+                share=share and not shape.window,
             )
-        return StepPlanning(self._buffers, shorts, longs)
+        return StepPlanning(self._buffers, shorts, longs, share)
 
     def rotate_and_store(
         self,
@@ -160,21 +181,41 @@ class TritonAttention:
         buffers = plan.buffers[shape]
         out = query.new_empty(query.shape[0], layer.heads * layer.head_dim)
         dim = triton.next_power_of_2(layer.head_dim)
-        if plan.any_long[shape]:
-            prefill_attention(query, cache.keys, cache.values, out, buffers, inputs, layer, prefill)
-        # A step of one span longer than this has no short ones.
-        if not (plan.any_long[shape] and inputs.num_spans == 1):
-            scratch = self._scratch[buffers.num_programs, rows_for(shape.group, self._short_length(shape)), dim]
-            decode_attention(
-                query,
-                cache.keys,
-                cache.values,
-                out,
-                inputs.block_tables,
-                buffers,
-                scratch,
-                layer,
-                plan.longest_short[shape],
-                decode,
+        if plan.any_long[shape] and self.attend_long(query, cache, out, layer, plan, inputs):
+            return out
+        shared = self._shared[layer.heads, dim] if plan.share and not layer.window else None
+        if shared is not None:
+            shared_attention(
+                query, cache.keys, cache.values, inputs.block_tables, buffers, shared, layer, decode, prefill
             )
+        scratch = self._scratch[buffers.num_programs, rows_for(shape.group, self._short_length(shape)), dim]
+        decode_attention(
+            query,
+            cache.keys,
+            cache.values,
+            out,
+            inputs.block_tables,
+            buffers,
+            scratch,
+            layer,
+            plan.longest_short[shape],
+            decode,
+            shared,
+        )
         return out
+
+    def attend_long(
+        self,
+        query: Tensor,
+        cache: BlockCache,
+        out: Tensor,
+        layer: AttentionSpec,
+        plan: StepPlanning,
+        inputs: StepInputs,
+    ) -> bool:
+        """Attend the long spans; returns whether the short ones, if there are any, are attended too."""
+        shape = _Shape.of(layer, self._itemsize)
+        _, prefill = self._launches(shape)
+        prefill_attention(query, cache.keys, cache.values, out, plan.buffers[shape], inputs, layer, prefill)
+        # A step of one long span has no short ones.
+        return inputs.num_spans == 1

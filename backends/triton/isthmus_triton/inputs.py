@@ -50,6 +50,7 @@ class TritonInputs:
         self._slots = torch.zeros(limits.max_tokens, dtype=torch.int64, device=self._device)
         self._max_query_length = 1
         self._max_context_length = 1
+        self._leading_single = 0
         rows = limits.max_rows + 1
         history = -(-(limits.max_model_len + 1) // HISTORY_ALIGNMENT) * HISTORY_ALIGNMENT
         return DeviceState(
@@ -92,6 +93,7 @@ class TritonInputs:
             num_samples=num_samples,
             max_query_length=self._max_query_length,
             max_context_length=self._max_context_length,
+            leading_single=self._leading_single,
         )
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -149,3 +151,6 @@ class TritonInputs:
         of["sample_rows"][: len(sampled)] = plan.span_rows[sampled]
         self._max_query_length = int(plan.span_lengths.max(initial=1))
         self._max_context_length = int(contexts.max(initial=1))
+        single = plan.span_lengths == 1
+        leading = int(np.argmin(single)) if spans and not single.all() else 0
+        self._leading_single = 0 if single[leading:].any() else leading

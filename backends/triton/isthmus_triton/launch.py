@@ -21,6 +21,10 @@ class DecodeLaunch:
     """Programs in the fixed grid for each compute unit of the device."""
     least_tiles: int = 1
     """Tiles a program takes at least, so that a short step is not cut into more partial results than it saves."""
+    compiler: tuple[tuple[str, int], ...] = ()
+    """Options that only this architecture's compiler knows, by name."""
+    await_stores: bool = False
+    """Wait for each warp's stores before a barrier, where a barrier alone does not order them for other programs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,7 @@ class PrefillLaunch:
     key_tile: int
     stages: int
     warps: int
+    compiler: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,10 @@ class LaunchTable:
     prefill: tuple[tuple[int, PrefillLaunch], ...]
     linear: tuple[LinearRule, ...] = ()
     """The first rule that covers a product is taken; the matrix library where none does."""
+    share_spans: int = 32
+    """Spans from which a step looks for keys that all its short spans share, and reads those once."""
+    choose_warps: int = 8
+    """Warps that cut and draw one row's token."""
     heads_each: int = 16
     """Heads that one program rotates and stores."""
 
@@ -133,6 +142,7 @@ TABLES: Final[dict[str, LaunchTable]] = {
     ),
     # benchmarks/gpu_kernels.py on an H100 80GB HBM3, benchmarks/results/h100_kernels.json.
     "sm_90": LaunchTable(
+        choose_warps=32,
         decode=(
             (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=2, least_tiles=4)),
             (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2, least_tiles=4)),

@@ -14,9 +14,10 @@ from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
 from isthmus_triton.kernels.adjust import adjust_kernel
 from isthmus_triton.kernels.sample import check_kernel, choose_kernel, slices_kernel
+from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
 
-SLICE: Final = 4096
+SLICE: Final = 2048
 """Logits that one program of the first passes reads."""
 GROUP: Final = 128
 """Logits whose largest is kept, to bound the ``top_k``-th one from below."""
@@ -43,8 +44,9 @@ class TritonSampling:
     otherwise than one product does.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, table: LaunchTable = FALLBACK) -> None:
         self._device = device
+        self._choose_warps = table.choose_warps
 
     def allocate(self, limits: Limits) -> RowStates:
         rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)
@@ -125,7 +127,7 @@ class TritonSampling:
             logits, slices, ids, masses, group_tops, some_x, some_ids, collected, invalid_before, state.parameters,
             rows, last, positions, history, tokens, invalid, vocab, history.stride(0), num_slices, num_groups,
             SLICES=padded, GROUPS=triton.next_power_of_2(num_groups), MOST=MOST_COLLECTED,
-            BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=16,
+            BLOCK=min(8192, triton.next_power_of_2(vocab)), num_warps=self._choose_warps,
         )  # fmt: skip
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:

@@ -66,6 +66,8 @@ class StepInputs:
     num_samples: int
     max_query_length: int
     max_context_length: int
+    leading_single: int = 0
+    """Spans of one token before the first longer one, if none follows it; 0 also where that is not known."""
 
 
 @dataclass(slots=True, kw_only=True)

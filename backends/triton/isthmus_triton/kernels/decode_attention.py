@@ -19,12 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec
-from isthmus_triton.kernels.plan import HEADER, PlanBuffers
+from isthmus_triton.kernels.plan import HEADER, SHARED_ROWS, PlanBuffers
 from isthmus_triton.launch import DecodeLaunch
 
 LOWEST = tl.constexpr(-1e30)
 LOG2E: float = 1.4426950408889634
 _HEADER = tl.constexpr(HEADER)
+_SHARED_ROWS = tl.constexpr(SHARED_ROWS)
 
 
 @triton.jit
@@ -51,6 +52,14 @@ def softcapped(scores, softcap):
     turned = tl.exp(-2.0 * tl.abs(scores / softcap))
     capped = (1.0 - turned) / (1.0 + turned)
     return softcap * tl.where(scores < 0, -capped, capped)
+
+
+@triton.jit
+def await_stores(lane):
+    """Wait until this warp's stores are done: the CDNA instruction, which every warp executes."""
+    tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [lane], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -108,6 +117,9 @@ def decode_kernel(
     partial_max,  # float32 [2 * programs, ROWS], base 2
     partial_sum,
     arrivals,  # int32 [programs], zero between launches
+    shared_out,  # see shared_attention
+    shared_max,
+    shared_sum,
     table_stride,
     kv_heads,
     block_stride,
@@ -123,7 +135,9 @@ def decode_kernel(
     STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
+    AWAIT_STORES: tl.constexpr = False,
 ):
     program = tl.program_id(0)
     per_program = tl.load(programs)
@@ -135,6 +149,10 @@ def decode_kernel(
     tile_in = tl.load(start + 2)
     left = tl.minimum(per_program, all_work - work)
     pieces = 0
+    if SHARED:
+        shared_tiles = tl.load(programs + 4)
+        splits = tl.load(programs + 5)
+        row_tiles = tl.load(programs + 6)
 
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
@@ -163,6 +181,22 @@ def decode_kernel(
         acc = tl.zeros((ROWS, DIM), tl.float32)
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
+        if SHARED:
+            # Whoever takes a span's first own tile begins from what the shared keys gave.
+            if (shared_tiles > 0) & (tile_in == 0):
+                shared_row = short * GROUP + row
+                for split in range(splits):
+                    unit = (split * kv_heads + head) * row_tiles + shared_row // _SHARED_ROWS
+                    part = unit.to(tl.int64) * _SHARED_ROWS + shared_row % _SHARED_ROWS
+                    other_top = tl.load(shared_max + part, mask=row_ok, other=LOWEST)
+                    other_total = tl.load(shared_sum + part, mask=row_ok, other=0.0)
+                    other = tl.load(shared_out + part[:, None] * DIM + dim[None, :], mask=row_mask, other=0.0)
+                    new_top = tl.maximum(top, other_top)
+                    mine = tl.exp2(top - new_top)
+                    theirs = tl.exp2(other_top - new_top)
+                    acc = acc * mine[:, None] + other * theirs[:, None]
+                    total = total * mine + other_total * theirs
+                    top = new_top
         head_keys = keys + head.to(tl.int64) * BLOCK_SIZE * HEAD_DIM
         head_values = values + head.to(tl.int64) * BLOCK_SIZE * HEAD_DIM
         tile = first_tile + tile_in
@@ -204,6 +238,8 @@ def decode_kernel(
             tl.store(partial_max + part, top, mask=row_ok)
             tl.store(partial_sum + part, total, mask=row_ok)
             # Every thread's stores come before the counter's release.
+            if AWAIT_STORES:
+                await_stores(row)
             tl.debug_barrier()
             parts = last_program - first_program + 1
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
@@ -266,6 +302,25 @@ class DecodeScratch:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedScratch:
+    """What the shared keys give to each query row, by unit of work."""
+
+    out: Tensor  # float32 [units, SHARED_ROWS, dim]
+    top: Tensor  # float32 [units, SHARED_ROWS], base 2
+    total: Tensor
+
+    @classmethod
+    def allocate(cls, programs: int, max_spans: int, heads: int, dim: int, device: torch.device) -> SharedScratch:
+        # Keys are split only where the units are then no more than the programs.
+        rows = max(programs * SHARED_ROWS, (max_spans + SHARED_ROWS) * heads)
+        return cls(
+            out=torch.empty(rows * dim, dtype=torch.float32, device=device),
+            top=torch.empty(rows, dtype=torch.float32, device=device),
+            total=torch.empty(rows, dtype=torch.float32, device=device),
+        )
+
+
 def rows_for(group: int, longest: int) -> int:
     """Query rows a tile holds for spans of up to ``longest`` tokens."""
     return max(16, triton.next_power_of_2(group * longest))
@@ -282,8 +337,12 @@ def decode_attention(
     layer: AttentionSpec,
     longest: int,
     launch: DecodeLaunch,
+    shared: SharedScratch | None,
 ) -> None:
-    """Attend the plan's short spans, of at most ``longest`` tokens each; other tokens' ``out`` is left alone."""
+    """Attend the plan's short spans, of at most ``longest`` tokens each; other tokens' ``out`` is left alone.
+
+    With ``shared``, :func:`isthmus_triton.kernels.shared_attention.shared_attention` ran before.
+    """
     group = layer.heads // layer.kv_heads
     capped = layer.softcap > 0.0
     decode_kernel[(plan.num_programs,)](
@@ -298,6 +357,9 @@ def decode_attention(
         scratch.top,
         scratch.total,
         scratch.arrivals,
+        scratch.out if shared is None else shared.out,
+        scratch.top if shared is None else shared.top,
+        scratch.total if shared is None else shared.total,
         block_tables.stride(0),
         layer.kv_heads,
         keys.stride(0),
@@ -313,6 +375,9 @@ def decode_attention(
         STAGES=launch.stages,
         HAS_WINDOW=layer.window > 0,
         HAS_SOFTCAP=capped,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        SHARED=shared is not None,
+        PRECISION="ieee",
+        AWAIT_STORES=launch.await_stores,
         num_warps=launch.warps,
+        **dict(launch.compiler),
     )

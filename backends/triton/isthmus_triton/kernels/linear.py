@@ -181,7 +181,7 @@ def split_linear(
         SPLITS=launch.splits,
         STAGES=launch.stages,
         HAS_BIAS=bias is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PRECISION="ieee",
         num_warps=launch.warps,
     )
     return out

@@ -17,15 +17,48 @@ from torch import Tensor
 
 from isthmus.contract import StepInputs
 
-HEADER: Final = 4
-"""Ints before the per-program starts: work per program, all work, short spans, tiles of long spans."""
+HEADER: Final = 8
+"""Ints before the per-program starts: work per program, all work, short spans, tiles of long spans;
+then of the keys that all short spans share: tiles, splits, tiles of query rows, and a row that has them."""
+SHARED_ROWS: Final = 128
+"""Query rows (short span times group) that are attended to shared keys at once."""
+LEAST_SHARED: Final = 128
+"""Tiles (times short spans) of shared keys below which each span reads them by itself."""
+_HEADER = tl.constexpr(HEADER)
+_SHARED_ROWS = tl.constexpr(SHARED_ROWS)
+_LEAST_SHARED = tl.constexpr(LEAST_SHARED)
 
 
-@triton.jit(do_not_specialize=["num_spans", "num_programs", "kv_heads", "window", "short_length", "least_tiles"])
+@triton.jit
+def shared_blocks(block_tables, table_stride, row, counts, limit, SPANS: tl.constexpr):
+    """How many leading blocks, at most ``limit``, are the same in every row that ``counts``; and one such row."""
+    MANY: tl.constexpr = 8
+    one = tl.max(tl.where(counts, row, -1), 0)
+    found = 0
+    going = limit > 0
+    while going:
+        place = found + tl.arange(0, MANY)
+        ok = place < limit
+        theirs = tl.load(
+            block_tables + row.to(tl.int64)[:, None] * table_stride + place[None, :],
+            mask=counts[:, None] & ok[None, :],
+            other=0,
+        )
+        its = tl.load(block_tables + one.to(tl.int64) * table_stride + place, mask=ok, other=0)
+        differs = tl.max((counts[:, None] & (theirs != its[None, :])).to(tl.int32), 0)
+        found = tl.min(tl.where(ok & (differs == 0), found + MANY, place), 0)
+        going = (found % MANY == 0) & (found == tl.max(place, 0) + 1) & (found < limit)
+    return found, one
+
+
+@triton.jit(
+    do_not_specialize=["num_spans", "num_programs", "kv_heads", "window", "short_length", "least_tiles", "table_stride"]
+)
 def plan_kernel(
     context_lengths,
     query_starts,
     span_rows,
+    block_tables,
     programs,  # int32 [HEADER + 4 * num_programs]: header, then (short span, head, tile, -) a program
     short_spans,  # int32 [spans, 8]: context, first token, query length, row, first tile, tiles before, tiles, -
     long_tiles,  # int32 [spans + 1]: query tiles of long spans before each span
@@ -35,12 +68,16 @@ def plan_kernel(
     window,
     short_length,
     least_tiles,
+    table_stride,
+    shared_programs,
     GROUP: tl.constexpr,
     KEY_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     SPANS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SEARCH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     span = tl.arange(0, SPANS)
     here = span < num_spans
@@ -59,6 +96,22 @@ def plan_kernel(
     is_short = (length > 0) & (length <= short_length)
     first_key = tl.where(window > 0, tl.maximum(context - length - window + 1, 0), 0)
     first_tile = first_key // KEY_TILE
+    num_short = tl.sum(is_short.to(tl.int32), 0)
+    shared_tiles = 0
+    if SHARE:
+        # Blocks that hold none of the spans' own tokens, and one query each.
+        limit = tl.min(tl.where(is_short, (context - length) // BLOCK_SIZE, 0x7FFFFFFF), 0)
+        limit = tl.where((num_short > 1) & (tl.max(tl.where(is_short, length, 0), 0) == 1), limit, 0)
+        blocks, one = shared_blocks(block_tables, table_stride, row, is_short, limit, SPANS)
+        shared_tiles = blocks * BLOCK_SIZE // KEY_TILE
+        shared_tiles = tl.where(shared_tiles * num_short >= _LEAST_SHARED, shared_tiles, 0)
+        row_tiles = (num_short * GROUP + _SHARED_ROWS - 1) // _SHARED_ROWS
+        splits = tl.maximum(1, tl.minimum(shared_tiles, shared_programs // tl.maximum(row_tiles * kv_heads, 1)))
+        tl.store(programs + 5, splits)
+        tl.store(programs + 6, row_tiles)
+        tl.store(programs + 7, one)
+        first_tile = tl.maximum(first_tile, shared_tiles)
+    tl.store(programs + 4, shared_tiles)
     tiles = tl.where(is_short, (context + KEY_TILE - 1) // KEY_TILE - first_tile, 0)
     place = tl.cumsum(is_short.to(tl.int32), 0) - 1
     tiles_after = tl.cumsum(tiles, 0)
@@ -71,7 +124,6 @@ def plan_kernel(
     tl.store(entry + 5, tiles_after - tiles, mask=is_short)
     tl.store(entry + 6, tiles, mask=is_short)
 
-    num_short = tl.sum(is_short.to(tl.int32), 0)
     all_work = tl.sum(tiles, 0) * kv_heads
     per_program = tl.maximum((all_work + num_programs - 1) // num_programs, least_tiles)
     tl.store(programs + 0, per_program)
@@ -95,10 +147,13 @@ def plan_kernel(
     before = tl.load(short_spans + low * 8 + 5, mask=busy, other=0)
     count = tl.load(short_spans + low * 8 + 6, mask=busy, other=1)
     within = work - before * kv_heads
-    start = programs + 4 + program * 4
+    start = programs + _HEADER + program * 4
     tl.store(start + 0, low, mask=program < num_programs)
     tl.store(start + 1, within // count, mask=busy)
     tl.store(start + 2, within % count, mask=busy)
+
+
+FEW_SPANS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +164,10 @@ class PlanBuffers:
     short_spans: Tensor  # int32 [max_spans, 8]
     long_tiles: Tensor  # int32 [max_spans + 1]
     num_programs: int
+    shared_programs: int
 
     @classmethod
-    def allocate(cls, num_programs: int, max_spans: int, device: torch.device) -> PlanBuffers:
+    def allocate(cls, num_programs: int, shared_programs: int, max_spans: int, device: torch.device) -> PlanBuffers:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -120,6 +176,7 @@ class PlanBuffers:
             short_spans=zeros(max_spans, 8),
             long_tiles=zeros(max_spans + 1),
             num_programs=num_programs,
+            shared_programs=shared_programs,
         )
 
 
@@ -134,13 +191,18 @@ def make_plan(
     query_tile: int,
     short_length: int,
     least_tiles: int,
+    block_size: int,
+    share: bool,
 ) -> None:
-    """Write ``buffers`` for the spans of ``inputs``."""
-    spans = triton.next_power_of_2(max(inputs.num_spans, 16))
+    """Write ``buffers`` for the spans of ``inputs``; with ``share``, keys that all short spans share are set apart."""
+    # Two sizes alone, so that few variants are compiled.
+    most = buffers.short_spans.shape[0]
+    spans = triton.next_power_of_2(most) if inputs.num_spans > FEW_SPANS else FEW_SPANS
     plan_kernel[(1,)](
         inputs.context_lengths,
         inputs.query_starts,
         inputs.span_rows,
+        inputs.block_tables,
         buffers.programs,
         buffers.short_spans,
         buffers.long_tiles,
@@ -150,11 +212,15 @@ def make_plan(
         window,
         short_length,
         least_tiles,
+        inputs.block_tables.stride(0),
+        buffers.shared_programs,
         GROUP=group,
         KEY_TILE=key_tile,
         QUERY_TILE=query_tile,
         SPANS=spans,
         PROGRAMS=triton.next_power_of_2(buffers.num_programs),
         SEARCH=spans.bit_length(),
+        BLOCK_SIZE=block_size,
+        SHARE=share,
         num_warps=8,
     )

@@ -7,7 +7,6 @@ one of FlashAttention-2 (Dao, 2023).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -210,6 +209,7 @@ def prefill_attention(
         STAGES=launch.stages,
         HAS_WINDOW=layer.window > 0,
         HAS_SOFTCAP=capped,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        PRECISION="ieee",
         num_warps=launch.warps,
+        **dict(launch.compiler),
     )

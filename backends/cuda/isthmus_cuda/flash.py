@@ -1,0 +1,120 @@
+"""FlashAttention-3 for long spans, where its wheel is installed and the device is one that it serves."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from isthmus.contract import AttentionSpec, StepInputs
+from isthmus_triton.attention import BlockCache, StepPlanning, TritonAttention
+from isthmus_triton.launch import LaunchTable
+
+MODULE: Final = "flash_attn_3"
+PACKAGE: Final = "tokenspeed-fa3"
+HEAD_DIMS: Final = (64, 96, 128, 192, 256)
+MEASURED: Final = (
+    "prefill of 128-wide heads on an H100, TFLOP/s: 585 to 621 against 404 to 490 of the Triton kernel "
+    "(benchmarks/NOTES.md)"
+)
+
+FlashFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FlashProvider:
+    """The function, or why there is none."""
+
+    function: FlashFunction | None
+    reason: str
+
+
+def find_flash(arch: str, wanted: str) -> FlashProvider:
+    """``wanted`` is "auto" or "off".  Imports the wheel's module, so only call it once a device is open."""
+    if wanted == "off":
+        return FlashProvider(None, "FlashAttention-3 is switched off")
+    if arch != "sm_90":
+        return FlashProvider(None, f"FlashAttention-3 is for sm_90, not {arch}")
+    if importlib.util.find_spec(MODULE) is None:
+        return FlashProvider(None, f"FlashAttention-3 is not installed; pip install {PACKAGE} makes prefill faster")
+    try:
+        importlib.import_module(f"{MODULE}._C")  # registers the operator with torch
+    except (ImportError, OSError) as error:
+        return FlashProvider(None, f"FlashAttention-3 does not load: {' '.join(str(error).split())[:120]}")
+    return FlashProvider(torch.ops.flash_attn_3.fwd, f"FlashAttention-3 for long spans: {MEASURED}")
+
+
+@dataclass(frozen=True, slots=True)
+class _LongSpans:
+    """The spans that FlashAttention takes: all, or those after the leading short ones."""
+
+    query_starts: Tensor
+    context_lengths: Tensor
+    block_tables: Tensor  # [spans, blocks]
+    all_spans: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _FlashPlanning(StepPlanning):
+    long: _LongSpans | None
+
+
+class FlashAttention(TritonAttention):
+    """:class:`TritonAttention` whose long spans FlashAttention-3 attends, in the dtypes and widths it knows."""
+
+    def __init__(self, device: torch.device, table: LaunchTable, compute_units: int, function: FlashFunction) -> None:
+        super().__init__(device, table, compute_units)
+        self._flash = function
+
+    def plan(self, inputs: StepInputs) -> StepPlanning:
+        plan = super().plan(inputs)
+        long = self._long_spans(inputs) if any(plan.any_long.values()) else None
+        return _FlashPlanning(plan.buffers, plan.longest_short, plan.any_long, plan.share, long)
+
+    def _long_spans(self, inputs: StepInputs) -> _LongSpans:
+        first = inputs.leading_single
+        used = -(-inputs.max_context_length // self._block_size)
+        rows = inputs.span_rows[first:]
+        return _LongSpans(
+            query_starts=inputs.query_starts[first:],
+            context_lengths=inputs.context_lengths[first:],
+            block_tables=inputs.block_tables[:, :used].index_select(0, rows),
+            all_spans=first == 0,
+        )
+
+    def attend_long(
+        self,
+        query: Tensor,
+        cache: BlockCache,
+        out: Tensor,
+        layer: AttentionSpec,
+        plan: StepPlanning,
+        inputs: StepInputs,
+    ) -> bool:
+        known = query.dtype in (torch.bfloat16, torch.float16) and layer.head_dim in HEAD_DIMS
+        if not known or not isinstance(plan, _FlashPlanning) or plan.long is None:
+            return super().attend_long(query, cache, out, layer, plan, inputs)
+        long = plan.long
+        self._flash(
+            query,
+            # FlashAttention takes [blocks, block_size, heads, head_dim] with any strides.
+            cache.keys.transpose(1, 2),
+            cache.values.transpose(1, 2),
+            out=out.view(query.shape),
+            cu_seqlens_q=long.query_starts,
+            seqused_k=long.context_lengths,
+            max_seqlen_q=inputs.max_query_length,
+            page_table=long.block_tables,
+            softmax_scale=layer.scale,
+            is_causal=True,
+            window_size_left=layer.window - 1 if layer.window else -1,
+            window_size_right=0 if layer.window else -1,
+            softcap=layer.softcap,
+            num_splits=1,
+        )
+        return long.all_spans
