@@ -19,7 +19,7 @@ class Admission:
         self._blocks = blocks
         self._forecast = forecast
         lengths, size = rows.lengths[running], blocks.block_size
-        private = -(-lengths // size) * size - rows.cached[running]
+        private = lengths + (size - 1) - rows.cached[running]  # the last block will be partly empty
         generated, room = lengths - rows.num_prompt_tokens[running], rows.max_lengths[running] - lengths
         self._held = private.astype(np.float64)
         self._remaining = forecast.remaining(generated, room)
@@ -61,7 +61,7 @@ class Admission:
 
     def _need(self, sequence: Sequence, num_cached: int) -> tuple[float, float]:
         length, blocks = len(sequence.tokens), self._blocks
-        held = (blocks.blocks_for(length) - num_cached) * blocks.block_size
+        held = length + (blocks.block_size - 1) - num_cached * blocks.block_size
         generated, room = length - sequence.num_prompt_tokens, sequence.max_length - length
         (remaining,) = self._forecast.remaining(np.array([generated], np.int32), np.array([room], np.int32))
         return float(held), float(remaining)

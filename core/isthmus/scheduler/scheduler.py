@@ -12,18 +12,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.cache import BlockManager, TableEdits
+from isthmus.cache import BlockManager
 from isthmus.engine.messages import AddRequest, FinishReason, Logprobs, TokensOut, unpack_tokens
 from isthmus.errors import InvalidRequest, QueueFull
 from isthmus.plan import Int32Array, RowStart, StepPlan, StepResult
 from isthmus.scheduler.admission import Admission
+from isthmus.scheduler.draft import Draft, Flight
 from isthmus.scheduler.forecast import OutputForecast
 from isthmus.scheduler.limits import SchedulerLimits
 from isthmus.scheduler.outputs import (
@@ -47,34 +46,6 @@ MAX_UNFIT = 16
 RETRY_STEPS = 16
 """Steps after which requests that did not fit are looked at again though nothing has ended since."""
 CHAIN_BROKEN = np.iinfo(np.int32).max
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step while it is being planned."""
-
-    budget: int
-    rows: list[Int32Array] = field(default_factory=list)
-    lengths: list[Int32Array] = field(default_factory=list)
-    edits: list[TableEdits] = field(default_factory=list)
-    starts: list[RowStart] = field(default_factory=list)
-    preempted: bool = False
-
-    def add(self, rows: Int32Array, lengths: Int32Array, edits: TableEdits) -> None:
-        self.rows.append(rows)
-        self.lengths.append(lengths)
-        self.edits.append(edits)
-        self.budget -= int(lengths.sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A planned step whose result is not in, and whom its spans belong to."""
-
-    plan: StepPlan
-    owners: NDArray[Any]  # [spans] sequences
-    rows: Int32Array  # [samples]
-    serials: NDArray[np.int64]  # [samples] of the stays that sampled
 
 
 class Scheduler:
@@ -264,9 +235,7 @@ class Scheduler:
         self._spans.started(length)
 
     def _launch(self, draft: Draft) -> StepPlan:
-        rows, state = _joined(draft.rows), self._rows
-        lengths = _joined(draft.lengths)
-        edits = _joined_edits(draft.edits)
+        (rows, lengths), edits, state = draft.joined_spans(), draft.joined_edits(), self._rows
         starts = state.computed[rows]
         ends = starts + lengths
         samples = ends == state.lengths[rows]
@@ -292,8 +261,9 @@ class Scheduler:
         if self._blocks.prefix_caching:
             size = self._blocks.block_size
             full = np.minimum(ends, state.known[rows]) // size
-            for row in rows[full > state.shared_blocks[rows]].tolist():
-                self._share(row)
+            ready = full > state.shared_blocks[rows]
+            for row, num_full in zip(rows[ready].tolist(), full[ready].tolist(), strict=True):
+                self._share(row, num_full)
         return plan
 
     # Results
@@ -424,17 +394,16 @@ class Scheduler:
             self._order = np.array([sequence.row for sequence in self._running], np.int32)
         return self._order
 
-    def _share(self, row: int) -> None:
-        """Offer a row's full blocks of known tokens to the prefix cache."""
-        state, size = self._rows, self._blocks.block_size
+    def _share(self, row: int, num_full: int) -> None:
+        """Offer a row's ``num_full`` blocks of computed, known tokens to the prefix cache."""
+        state, begin = self._rows, int(self._rows.shared_blocks[row])
+        if num_full <= begin:
+            return
         sequence: Sequence = state.sequences[row]
-        full = min(int(state.computed[row]), int(state.known[row])) // size
-        begin = int(state.shared_blocks[row])
-        if full > begin:
-            salt = sequence.request.cache_salt
-            self._blocks.cache.extend_keys(sequence.keys, state.tokens[row, : full * size], salt)
-            intact = self._blocks.share(row, sequence.keys, begin, full, self._step - 1)
-            state.shared_blocks[row] = full if intact else CHAIN_BROKEN
+        tokens = state.tokens[row, : num_full * self._blocks.block_size]
+        self._blocks.cache.extend_keys(sequence.keys, tokens, sequence.request.cache_salt)
+        intact = self._blocks.share(row, sequence.keys, begin, num_full, self._step - 1)
+        state.shared_blocks[row] = num_full if intact else CHAIN_BROKEN
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with the tokens known; it will be computed again, but for what stays cached."""
@@ -461,7 +430,7 @@ class Scheduler:
         row = sequence.row
         assert row is not None
         if self._blocks.prefix_caching:
-            self._share(row)
+            self._share(row, int(min(self._rows.computed[row], self._rows.known[row])) // self._blocks.block_size)
         self._blocks.release(row)
         self._rows.clear(row)
         self._free_rows.append(row)
@@ -495,13 +464,3 @@ class Scheduler:
             invalid_rows=self._invalid_rows,
             step_tokens=step_tokens,
         )
-
-
-def _joined(parts: list[Int32Array]) -> Int32Array:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _joined_edits(parts: list[TableEdits]) -> TableEdits:
-    if len(parts) == 1:
-        return parts[0]
-    return TableEdits(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
