@@ -8,7 +8,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo serve chat install dev model test lint types format sizes clean
+.PHONY: demo serve chat install dev model test test-contract lint types format sizes clean
 
 demo: install model  ## A real model answers over HTTP, then the server stops
 	$(BIN)/python examples/demo.py --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -45,6 +45,11 @@ $(MODEL): scripts/fetch_model.py | $(VENV)/bin/python
 
 test: dev model  ## Everything that can run without an accelerator
 	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-contract: dev model  ## The certification kit on the CPU, on no device, and on the example of a vendor's plugin
+	$(BIN)/isthmus certify --device cpu
+	$(BIN)/isthmus certify --device null
+	$(BIN)/python -m pytest -q tests/packaging/test_plugin_example.py
 
 lint: dev
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from isthmus.config import EngineOptions
 from isthmus.contract import Backend, Capabilities, Limits, ShapePolicy
 from isthmus.errors import OutOfMemory
+from isthmus.executor.downgrades import downgrades
 from isthmus.executor.dummy import dummy_plan, largest_plan
 from isthmus.executor.executor import Executor, StepModel
 from isthmus.executor.out_of_memory import is_out_of_memory
@@ -61,7 +62,7 @@ def build_executor(
     model = _load(options, backend, source, spec, dtype, limits.max_model_len, progress)
     report.load_s = time.perf_counter() - began
     report.weights_bytes = gauge.taken()
-    return _Build(options, backend, spec, model, limits, report, gauge).finish()
+    return _Build(options, backend, spec, model, limits, report, gauge, source.kind == "gguf").finish()
 
 
 def _limits(options: EngineOptions, backend: Backend, spec: ModelSpec, report: ExecutorReport) -> Limits:
@@ -122,6 +123,8 @@ class _Build:
     limits: Limits
     report: ExecutorReport
     gauge: _Gauge
+    packed: bool
+    """Whether the file's weights are in a block format."""
 
     def finish(self) -> tuple[Executor, ExecutorReport]:
         size = self._size_cache()
@@ -138,9 +141,19 @@ class _Build:
         self._capture(executor)
         self.report.providers = self.backend.providers()
         log.info("%s", self.report.summary())
-        for note in self.report.notes:
+        for note in [*self._downgrades(), *self.report.notes]:
             log.info("%s", note)
         return executor, self.report
+
+    def _downgrades(self) -> list[str]:
+        return downgrades(
+            self.options,
+            self.backend.capabilities,
+            self.spec,
+            dtype=self.report.dtype,
+            kv_dtype=self.report.kv_dtype,
+            packed=self.packed,
+        )
 
     @property
     def _block_bytes(self) -> int:

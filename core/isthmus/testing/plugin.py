@@ -13,7 +13,9 @@ A test of the kit, or a vendor's own, names what it needs::
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 UNDECLARED: Final = "undeclared: "
 """How the reason begins for which a test of the kit may be skipped; any other skip is a failure."""
 SUITE: Final = "isthmus.testing.suite"
+REFUSED: Final = 3
+"""Exit status where the device could not be opened."""
 MARKERS: Final = (
     "requires_capability(*names): skip unless the device's capabilities declare each of these",
     "requires_parts: skip for a backend that has no parts, because it runs whole steps by itself",
@@ -42,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME=VALUE",
         help="a setting of the backend; repeat",
     )
+    group.addoption("--isthmus-report", metavar="FILE", help="append one line of JSON for each test of the kit")
     group.addoption(
         "--isthmus-model",
         metavar="PATH",
@@ -52,6 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+    if path := config.getoption("--isthmus-report"):
+        config.pluginmanager.register(Recorder(Path(path)), "isthmus-recorder")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,10 +71,16 @@ def isthmus_device(request: pytest.FixtureRequest) -> Iterator[DeviceUnderTest]:
     name = request.config.getoption("--isthmus-device")
     if not name:
         raise pytest.UsageError("say which backend to test: --isthmus-device=NAME (`isthmus backends` lists them)")
+    from isthmus.errors import IsthmusError
     from isthmus.testing.device import DeviceUnderTest
 
     settings = dict(setting.partition("=")[::2] for setting in request.config.getoption("--isthmus-option"))
-    device = DeviceUnderTest.open(name, settings, request.config.getoption("--isthmus-model"))
+    try:
+        device = DeviceUnderTest.open(name, settings, request.config.getoption("--isthmus-model"))
+    except IsthmusError as error:
+        if recorder := request.config.pluginmanager.get_plugin("isthmus-recorder"):
+            recorder.write(event="refused", message=str(error))
+        pytest.exit(str(error), returncode=REFUSED)
     yield device
     device.close()
 
@@ -98,6 +111,48 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
             report.outcome = "failed"
             report.longrepr = f"this test may not be skipped: {reason}"
     return report
+
+
+class Recorder:
+    """Writes what happens as it happens, so that the last line tells where a process died."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, **event: object) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.write(event="collected", count=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.write(event="begin", test=nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            mandatory = "mandatory" in report.keywords
+            self.write(
+                event="end",
+                test=report.nodeid,
+                outcome=report.outcome,
+                reason="" if report.outcome == "passed" else one_line(report),
+                mandatory=mandatory,
+                seconds=round(report.duration, 3),
+            )
+
+
+def one_line(report: pytest.TestReport) -> str:
+    """Why, without the traceback."""
+    longrepr = report.longrepr
+    if isinstance(longrepr, tuple):
+        text = str(longrepr[2])
+    else:
+        crash = getattr(longrepr, "reprcrash", None)
+        text = crash.message if crash is not None else str(longrepr)
+    # pytest adds what it knows of an assert's operands below the message.
+    return " ".join(text.split("\nassert ")[0].split())
 
 
 def _of_suite(item: pytest.Item) -> bool:

@@ -36,8 +36,7 @@ _LLAMA: Final[dict[str, Any]] = {
 }
 MODELS: Final[dict[str, dict[str, Any]]] = {
     "llama": _LLAMA,
-    "qwen3": _LLAMA
-    | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
+    "qwen3": _LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
     "gemma2": _LLAMA
     | {
         "architectures": ["Gemma2ForCausalLM"],

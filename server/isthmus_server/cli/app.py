@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus_server.cli import backends, bench, chat, complete, serve
+from isthmus_server.cli import backends, bench, certify, chat, complete, explain, serve
 
 app = typer.Typer(
     name="isthmus",
@@ -56,3 +56,5 @@ app.command(name="chat", help=chat.HELP)(chat.chat)
 app.command(name="complete", help=complete.HELP)(complete.complete)
 app.add_typer(bench.app, name="bench")
 app.command(name="backends", help=backends.HELP)(backends.backends)
+app.command(name="explain", help=explain.HELP)(explain.explain)
+app.command(name="certify", help=certify.HELP)(certify.certify)

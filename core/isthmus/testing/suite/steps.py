@@ -119,9 +119,7 @@ class Stepper:
             inputs = self.prepare(plan)
             padded = logits.new_zeros(inputs.num_samples, logits.shape[1])
             padded[: len(logits)] = logits
-            sampled = parts.sampling.sample(
-                self.device.put(padded), inputs, self.rows, self.state, num_logprobs
-            )
+            sampled = parts.sampling.sample(self.device.put(padded), inputs, self.rows, self.state, num_logprobs)
             return parts.memory.fetch([part[: len(logits)] for part in fields_of(sampled)])
 
         arrays = self.device.run(step).result()

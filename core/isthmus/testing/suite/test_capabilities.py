@@ -38,9 +38,7 @@ def test_capabilities_are_equal_before_and_after_opening(isthmus_device: DeviceU
     assert isinstance(opened, Capabilities)
     if isthmus_device.plugin.states_capabilities and not isthmus_device.settings:
         before = isthmus_device.plugin.capabilities(isthmus_device.backend.device)
-        differing = [
-            f.name for f in dataclasses.fields(opened) if getattr(opened, f.name) != getattr(before, f.name)
-        ]
+        differing = [f.name for f in dataclasses.fields(opened) if getattr(opened, f.name) != getattr(before, f.name)]
         assert not differing, f"isthmus_capabilities and the open backend differ in {', '.join(differing)}"
 
 

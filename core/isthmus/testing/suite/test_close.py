@@ -21,7 +21,10 @@ LEAK_BYTES = 24 * MIB
 
 @pytest.mark.mandatory
 def test_an_executor_gives_its_memory_back(isthmus_device: DeviceUnderTest, tmp_path: Path) -> None:
-    """Weights of over 16 MB and a cache, built and closed again and again."""
+    """Weights of some 9 MB at least and a cache, built and closed again and again.
+
+    An allocator may keep a reserve, which goes up and down; a leak only goes up.
+    """
     folder = write_tiny_model(tmp_path, hidden_size=512, intermediate_size=1024)
     how = Arrangement(dtype=isthmus_device.capabilities.dtypes[0])
 
@@ -33,9 +36,10 @@ def test_an_executor_gives_its_memory_back(isthmus_device: DeviceUnderTest, tmp_
         gc.collect()
         return taken(isthmus_device)
 
-    first = [life() for _ in range(2)][-1]
-    last = [life() for _ in range(4)][-1]
-    assert last - first < LEAK_BYTES, f"four executors left {(last - first) / MIB:.0f} MiB behind"
+    lives = [life() for _ in range(18)]
+    growth = min(lives[10:]) - max(lives[:2])
+    sizes = [round(taken / MIB) for taken in lives]
+    assert growth < LEAK_BYTES, f"executors leave memory behind; taken after each, in MiB: {sizes}"
 
 
 def taken(device: DeviceUnderTest) -> int:

@@ -7,6 +7,7 @@ time, eagerly and with nothing in flight.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_tokens_do_not_depend_on_the_schedule(
 ) -> None:
     dtype = finest(isthmus_device)
     how = arrangements()[arranged]
-    with engine(isthmus_device, folder("llama"), Arrangement(**as_fields(how) | {"dtype": dtype})) as running:
+    with engine(isthmus_device, folder("llama"), dataclasses.replace(how, dtype=dtype)) as running:
         found = running.run(prompts)
         require_tokens(found, expected("llama"), folder("llama"), prompts, dtype)
         again = running.run(prompts)
@@ -131,10 +132,6 @@ def test_tokens_do_not_depend_on_the_schedule(
             size = running.executor.limits.block_size
             hits = {index: again.cached[index] for index, prompt in enumerate(prompts) if len(prompt) > size}
             assert all(hits.values()), f"the second time, the prefixes were not found in the cache: {hits}"
-
-
-def as_fields(how: Arrangement) -> dict[str, object]:
-    return {name: getattr(how, name) for name in how.__slots__}
 
 
 @pytest.mark.requires_parts

@@ -14,7 +14,12 @@ pytestmark = [pytest.mark.requires_parts, pytest.mark.mandatory]
 def test_steps_run_in_the_order_in_which_they_were_launched(isthmus_device: DeviceUnderTest) -> None:
     memory = isthmus_device.parts.memory
     seen: list[int] = []
-    pending = [memory.launch(lambda n=n: (seen.append(n), n)[1]) for n in range(20)]  # type: ignore[misc]
+
+    def step(number: int) -> int:
+        seen.append(number)
+        return number
+
+    pending = [memory.launch(lambda n=n: step(n)) for n in range(20)]  # type: ignore[misc]
     assert [item.result() for item in pending] == list(range(20)) == seen
 
 

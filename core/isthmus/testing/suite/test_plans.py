@@ -6,7 +6,6 @@ Every backend has an executor, its own or the core's over its parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,7 +65,7 @@ def lives(executor: StepExecutor, rows: list[int], length: int, steps: int, firs
     """Each of ``rows`` computes its prompt in a step of its own, then all decode together."""
     size = executor.limits.block_size
     blocks = -(-(length + steps) // size)
-    plans = []
+    plans: list[StepPlan] = []
     for place, row in enumerate(rows):
         prompt = np.random.default_rng(row).integers(0, 200, length).tolist()
         table = [1 + place * blocks + n for n in range(blocks)]
@@ -78,17 +77,13 @@ def lives(executor: StepExecutor, rows: list[int], length: int, steps: int, firs
 
 
 def tokens(results: list[StepResult], row: int) -> list[int]:
-    return [
-        int(result.tokens[place, 0]) for result in results for place in np.flatnonzero(result.rows == row).tolist()
-    ]
+    return [int(result.tokens[place, 0]) for result in results for place in np.flatnonzero(result.rows == row).tolist()]
 
 
 def test_steps_in_flight_read_tokens_that_the_host_never_saw(new_executor: Callable[[], StepExecutor]) -> None:
     executor = new_executor()
     plans = lives(executor, [0, 1, 2], 9, 10)
-    one, several = (
-        replay(executor, plans, depth) for depth in (1, executor.max_steps_in_flight)
-    )
+    one, several = (replay(executor, plans, depth) for depth in (1, executor.max_steps_in_flight))
     for row in (0, 1, 2):
         assert len(tokens(one, row)) == 11
         assert tokens(one, row) == tokens(several, row)
@@ -136,7 +131,9 @@ def test_a_row_may_begin_behind_a_prefix_that_another_computed(new_executor: Cal
     assert tokens(results, 0) == tokens(results, 1)
 
 
-def test_limits_are_those_of_the_options(new_executor: Callable[[], StepExecutor], isthmus_device: DeviceUnderTest) -> None:
+def test_limits_are_those_of_the_options(
+    new_executor: Callable[[], StepExecutor], isthmus_device: DeviceUnderTest
+) -> None:
     executor = new_executor()
     assert executor.limits.max_rows <= 4 and executor.limits.max_tokens <= 64
     assert executor.limits.block_size == isthmus_device.capabilities.block_sizes[0]
