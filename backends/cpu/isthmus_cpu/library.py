@@ -31,6 +31,7 @@ class Kind(IntEnum):
     EXPERTS = 10
     SOFTCAP = 11
     ARGMAX = 12
+    READ = 13
 
 
 class Rows(IntEnum):

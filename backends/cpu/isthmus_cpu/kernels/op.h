@@ -6,7 +6,7 @@
 
 enum Kind : int32_t {
   kEmbed, kRmsNorm, kAddRmsNorm, kAdd, kGated, kTakeRows, kLinear, kRotateStore, kPlanAttention, kAttend,
-  kExperts, kSoftcap, kArgmax, kKinds
+  kExperts, kSoftcap, kArgmax, kRead, kKinds
 };
 
 // How many rows an operation runs over: a number of its own, or one of the step's counts.
@@ -54,3 +54,4 @@ KERNEL(run_attend);
 KERNEL(run_experts);
 KERNEL(run_softcap);
 KERNEL(run_argmax);
+KERNEL(run_read);

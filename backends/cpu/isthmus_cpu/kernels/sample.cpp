@@ -38,3 +38,21 @@ KERNEL(run_argmax) {
     static_cast<uint8_t*>(op.p[2])[row] = invalid;
   }
 }
+
+// p: memory.  i: bytes.  Reads all of it once: what measures the machine's bandwidth.
+KERNEL(run_read) {
+  constexpr int64_t kPiece = 1 << 18;
+  (void)rows;
+  vu total{};
+  for (int64_t piece; (piece = worker.take(1)) * kPiece < op.i[0];) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const char*>(op.p[0]) + piece * kPiece);
+    const int64_t words = std::min(kPiece, op.i[0] - piece * kPiece) / 4;
+    vu sums[4] = {};
+    for (int64_t n = 0; n + 4 * kLanes <= words; n += 4 * kLanes) {
+      for (int k = 0; k < 4; k++) sums[k] ^= load(from + n + k * kLanes);
+    }
+    total ^= (sums[0] ^ sums[1]) ^ (sums[2] ^ sums[3]);
+  }
+  volatile uint32_t kept = total[0];
+  (void)kept;
+}
