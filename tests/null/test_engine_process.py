@@ -407,13 +407,24 @@ async def test_shutdown_is_quick_and_leaves_nothing() -> None:
     assert not psutil.pid_exists(client.pid) and not client._wire.folder.exists()
 
 
-async def test_signals() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_signals_to_the_whole_group_leave_the_end_to_the_client(number: int) -> None:
     async with engine() as client:
-        os.kill(client.pid, signal.SIGINT)
+        os.kill(client.pid, number)
         await asyncio.sleep(0.1)
         assert len(tokens(await collect(client, request(client)))) == 16
-        os.kill(client.pid, signal.SIGTERM)
-        assert "by signal 15" in await asyncio.wait_for(client.wait_dead(), 1)
+
+
+async def test_why_it_could_not_start_is_never_lost() -> None:
+    for _ in range(5):
+        with pytest.raises(BackendError, match="nonsense"):
+            await AsyncEngineClient.start(
+                EngineOptions(
+                    model=ModelOptions(model="toy"),
+                    backend=BackendOptions(device="null", options={"nonsense": "1"}),
+                ),
+                log_level="ERROR",
+            )
 
 
 async def test_sockets_are_private() -> None:

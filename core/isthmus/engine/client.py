@@ -46,6 +46,8 @@ READ_AT_ONCE: Final = 64
 """Messages handled before other tasks of the loop get their turn."""
 LAST_WORDS_S: Final = 0.03
 """How long after the process's end its last messages are waited for."""
+FIRST_WORDS_S: Final = 1.0
+"""The same before it was ready: nobody streams yet, and the message says why it could not start."""
 RETRY_S: Final = 0.05
 MAX_SOCKET_PATH: Final = 100
 """A Unix socket's path holds 107 bytes on Linux and 103 on macOS."""
@@ -265,16 +267,14 @@ class AsyncEngineClient:
     async def shutdown(self, timeout_s: float = 5.0) -> None:
         """End the engine: open streams raise :class:`EngineDead`.  May be called more than once.
 
-        A process that has not ended after ``timeout_s`` is terminated, and then killed.
+        A process that has not ended after ``timeout_s`` is killed.
         """
         first, self._stopping = not self._stopping, True
         if first and not self._dead.done() and timeout_s > 0:
             self._wire.send(Shutdown())
             await self._wait_exit(timeout_s)
-        for end in (self._process.terminate, self._process.kill):
-            if not self._exited.is_set():
-                end()
-                await self._wait_exit(1.0)
+        if not self._exited.is_set():
+            self._process.kill()
         await self._exited.wait()
         self._die("the engine was shut down")
         if first:
@@ -298,7 +298,8 @@ class AsyncEngineClient:
         self._exited.set()
         if not self._dead.done() and not self._stopping:
             self._read()
-            self._loop.call_later(LAST_WORDS_S, self._on_last_words, code)
+            patience_s = LAST_WORDS_S if self._ready.done() else FIRST_WORDS_S
+            self._loop.call_later(patience_s, self._on_last_words, code)
 
     def _on_last_words(self, code: int) -> None:
         if not self._dead.done() and not self._stopping:

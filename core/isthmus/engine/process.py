@@ -68,8 +68,8 @@ class Outlet:
         except zmq.Again:
             logger.debug("the client does not read; a heartbeat was dropped")
 
-    def close(self, linger_s: float = 0.0) -> None:
-        self._socket.close(linger=int(linger_s * 1000))
+    def close(self) -> None:
+        self._socket.close(linger=0)
 
 
 class Inlet:
@@ -219,9 +219,10 @@ def serve(start: EngineStart) -> int:
             logger.exception("the engine failed")
         message = str(error) if isinstance(error, IsthmusError) else describe(error)
         outlet.send(EngineFailed(message=message, kind=kind), wait=False)
-        outlet.close(linger_s=LAST_WORDS_S)
         return 1
-    outlet.close(linger_s=LAST_WORDS_S)
+    finally:
+        # Waits until the last message has left, which the process's end would not.
+        context.destroy(linger=int(LAST_WORDS_S * 1000))
     return 0
 
 
@@ -271,8 +272,10 @@ def read_start(pipe: BinaryIO) -> EngineStart:
 
 
 def main() -> int:
-    # The server decides when to end; Ctrl-C reaches this process too, since it is in the same group.
+    # The client decides when to end.  What is sent to the whole group, as Ctrl-C and a service manager's
+    # SIGTERM are, reaches this process too, and must not cut the streams that a drain would finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe = sys.stdin.buffer
     start = read_start(pipe)
     die_with_parent(start.parent_pid, pipe)
