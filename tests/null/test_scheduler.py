@@ -225,10 +225,12 @@ def test_requests_that_can_never_run_are_refused():
 
 
 def test_a_full_queue_refuses():
-    bench = Bench(max_waiting=1)
-    bench.add([1])
+    bench = Bench(max_waiting=1, max_num_seqs=2)
+    for token in (1, 2, 3):  # two find rows free, one waits
+        bench.add([token])
     with pytest.raises(QueueFull):
-        bench.add([2])
+        bench.add([4])
+    bench.run()
 
 
 @pytest.mark.parametrize("depth", [1, 3])

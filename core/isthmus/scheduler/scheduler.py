@@ -81,7 +81,8 @@ class Scheduler:
         """Queue a request.  Raises :class:`InvalidRequest` if it can never run, :class:`QueueFull`."""
         prompt, sampling = unpack_tokens(request.prompt), request.sampling
         self._require_possible(request, len(prompt))
-        if len(self._waiting) >= self._limits.max_waiting:
+        # Rows still free are no queue: the next plan fills them.
+        if len(self._waiting) >= self._limits.max_waiting + len(self._free_rows):
             raise QueueFull(f"{len(self._waiting)} requests are waiting, as many as may; try again later")
         sequence = Sequence(
             request=request,
