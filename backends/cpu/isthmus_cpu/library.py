@@ -32,6 +32,8 @@ class Kind(IntEnum):
     SOFTCAP = 11
     ARGMAX = 12
     READ = 13
+    DRAW = 14
+    LOGPROBS = 15
 
 
 class Rows(IntEnum):

@@ -1,4 +1,5 @@
-"""Sampling with the reference's semantics; plain greedy steps take one compiled pass over the logits."""
+"""Sampling with the reference's semantics: masks and penalties are the reference's own, the passes over
+the vocabulary compiled."""
 
 from __future__ import annotations
 
@@ -8,41 +9,94 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
-from isthmus.reference import ReferenceSampling
-from isthmus.reference.sampling_rows import SamplingState
+from isthmus.reference.adjust import adjust
+from isthmus.reference.noise import row_keys
+from isthmus.reference.sampling_rows import SamplingState, StepRows
 from isthmus_cpu.library import Kind
 from isthmus_cpu.runner import Runner
 
 
 class PanelSampling:
-    """:class:`isthmus.contract.Sampling`."""
+    """:class:`isthmus.contract.Sampling`.  See :class:`isthmus.reference.ReferenceSampling` for what it does."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._reference = ReferenceSampling(torch.device("cpu"))
-        self._tokens = torch.zeros(0, dtype=torch.int32)
-        self._invalid = torch.zeros(0, dtype=torch.bool)
 
     def allocate(self, limits: Limits) -> SamplingState:
         self._tokens = torch.zeros(limits.max_rows, dtype=torch.int32)
         self._invalid = torch.zeros(limits.max_rows, dtype=torch.bool)
-        return self._reference.allocate(limits)
+        return SamplingState.neutral(limits)
 
     def apply(self, state: SamplingState, plan: StepPlan) -> None:
-        self._reference.apply(state, plan)
+        state.apply(plan)
 
     def sample(
         self, logits: Tensor, inputs: StepInputs, device: DeviceState, state: SamplingState, num_logprobs: int
     ) -> Sampled:
-        if num_logprobs >= 0 or not state.step(inputs.num_samples).all_plain_greedy:
-            return self._reference.sample(logits, inputs, device, state, num_logprobs)
         assert logits.is_contiguous()
-        samples = logits.shape[0]
-        tokens, invalid = self._tokens[:samples], self._invalid[:samples]
-        self._runner.run(Kind.ARGMAX, logits, (logits, tokens, invalid), (logits.shape[1],))
+        rows = state.step(inputs.num_samples)
+        tokens, invalid = self._tokens[: logits.shape[0]], self._invalid[: logits.shape[0]]
+        raw = logits
+        if not rows.temperature.any() and rows.all_plain_greedy:
+            self._likeliest(logits, tokens, invalid)
+        else:
+            if is_adjusted(rows):
+                raw = logits.clone() if num_logprobs >= 0 else logits
+                self._likeliest(logits, tokens, invalid)  # for the rows that are invalid before any mask
+                before = invalid.clone()
+                adjust(logits, rows, device)
+                self._draw(logits, rows, tokens, invalid)
+                invalid |= before
+                tokens.masked_fill_(invalid, 0)
+            else:
+                self._draw(logits, rows, tokens, invalid)
         positions = inputs.positions.numpy()[inputs.sample_tokens.numpy()]
         device.tokens.numpy()[inputs.sample_rows.numpy(), positions + np.int32(1)] = tokens.numpy()
-        return Sampled(tokens=tokens, invalid=invalid)
+        if num_logprobs < 0:
+            return Sampled(tokens=tokens, invalid=invalid)
+        return self._with_logprobs(raw, tokens, invalid, num_logprobs)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:
-        return self._reference.prompt_logprobs(logits, next_tokens, num_logprobs)
+        assert logits.is_contiguous()
+        likeliest = torch.empty_like(next_tokens)
+        invalid = torch.empty(len(next_tokens), dtype=torch.bool)
+        self._likeliest(logits, likeliest, invalid)
+        return self._with_logprobs(logits, next_tokens, invalid, num_logprobs)
+
+    def _likeliest(self, logits: Tensor, tokens: Tensor, invalid: Tensor) -> None:
+        self._runner.run(Kind.ARGMAX, logits, (logits, tokens, invalid), (logits.shape[1],))
+
+    def _draw(self, logits: Tensor, rows: StepRows, tokens: Tensor, invalid: Tensor) -> None:
+        state, names = rows.state, rows.rows
+        parameters = (
+            rows.temperature,
+            state.top_k[names],
+            state.top_p[names],
+            state.min_p[names],
+            row_keys(state.seed[names], rows.positions),
+        )
+        columns = tuple(torch.from_numpy(values) for values in parameters)
+        self._runner.run(Kind.DRAW, logits, (logits, tokens, invalid, *columns), (logits.shape[1],))
+
+    def _with_logprobs(self, raw: Tensor, tokens: Tensor, invalid: Tensor, num_logprobs: int) -> Sampled:
+        """Log-softmax of ``raw`` [positions, vocab] at ``tokens``, their ranks, and the likeliest."""
+        count, wanted = len(tokens), min(num_logprobs, raw.shape[1])
+        chosen, ranks = torch.empty(count), torch.empty(count, dtype=torch.int32)
+        top_ids, top_logprobs = torch.empty(count, wanted, dtype=torch.int32), torch.empty(count, wanted)
+        self._runner.run(
+            Kind.LOGPROBS, raw, (raw, tokens, chosen, ranks, top_ids, top_logprobs), (raw.shape[1], wanted)
+        )
+        return Sampled(
+            tokens=tokens,
+            invalid=invalid,
+            chosen_logprobs=chosen,
+            ranks=ranks,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+        )
+
+
+def is_adjusted(rows: StepRows) -> bool:
+    """Whether a row has a mask, a bias or a penalty."""
+    state = rows.state
+    return bool(state.bias or state.allowed or state.bad_words or state.stops or len(rows.penalised))

@@ -6,7 +6,7 @@
 
 enum Kind : int32_t {
   kEmbed, kRmsNorm, kAddRmsNorm, kAdd, kGated, kTakeRows, kLinear, kRotateStore, kPlanAttention, kAttend,
-  kExperts, kSoftcap, kArgmax, kRead, kKinds
+  kExperts, kSoftcap, kArgmax, kRead, kDraw, kLogprobs, kKinds
 };
 
 // How many rows an operation runs over: a number of its own, or one of the step's counts.
@@ -55,3 +55,5 @@ KERNEL(run_experts);
 KERNEL(run_softcap);
 KERNEL(run_argmax);
 KERNEL(run_read);
+KERNEL(run_draw);
+KERNEL(run_logprobs);

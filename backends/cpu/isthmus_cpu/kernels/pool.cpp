@@ -145,7 +145,7 @@ void Worker::barrier() {
 static const Kernel kKernels[kKinds] = {
     run_embed,      run_rms_norm,       run_add_rms_norm, run_add,     run_gated,   run_take_rows, run_linear,
     run_rotate_store, run_plan_attention, run_attend,       run_experts, run_softcap, run_argmax,
-    run_read,
+    run_read,       run_draw,           run_logprobs,
 };
 
 void Pool::play(int index, int playing) {
