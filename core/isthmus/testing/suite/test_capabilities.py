@@ -64,7 +64,7 @@ def test_parts_say_who_serves_them(isthmus_device: DeviceUnderTest) -> None:
 
 
 def test_an_unknown_option_is_an_error_of_one_line(isthmus_device: DeviceUnderTest) -> None:
-    options = {"isthmus-certification-no-such-option": "1"}
+    options = {**isthmus_device.settings, "isthmus-certification-no-such-option": "1"}
     with pytest.raises(BackendError) as raised:
         isthmus_device.plugin.open(isthmus_device.backend.device, options).close()
     assert "\n" not in str(raised.value)
