@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from isthmus.config import EngineOptions
 from isthmus.contract import Backend, Capabilities, Limits, ShapePolicy
 from isthmus.errors import OutOfMemory
+from isthmus.executor.blame import blamed
 from isthmus.executor.downgrades import downgrades
 from isthmus.executor.dummy import dummy_plan, largest_plan
 from isthmus.executor.executor import Executor, StepModel
@@ -136,9 +138,11 @@ class _Build:
         self.gauge.taken()
 
         began = time.perf_counter()
-        executor.warm_up(warm_up_plans(self.backend.capabilities, self.limits))
+        with blamed(self.backend, "running its first steps"):
+            executor.warm_up(warm_up_plans(self.backend.capabilities, self.limits))
         self.report.warm_up_s += time.perf_counter() - began
-        self._capture(executor)
+        with blamed(self.backend, "capturing graphs"):
+            self._capture(executor)
         self.report.providers = self.backend.providers()
         log.info("%s", self.report.summary())
         for note in [*self._downgrades(), *self.report.notes]:
@@ -161,7 +165,11 @@ class _Build:
 
     def _executor(self, limits: Limits) -> Executor:
         layers = [layer.attention for layer in self.spec.layers]
-        caches = self.backend.attention.allocate(layers, limits, self.report.kv_dtype)
+        with blamed(self.backend, "allocating the KV cache"):
+            caches = self.backend.attention.allocate(layers, limits, self.report.kv_dtype)
+            if not isinstance(caches, Sequence) or len(caches) != len(layers):
+                count = len(caches) if isinstance(caches, Sequence) else type(caches).__name__
+                raise ValueError(f"attention.allocate returned {count} for the caches of {len(layers)} layers")
         in_flight = self.backend.capabilities.max_steps_in_flight if self.options.scheduler.overlap else 1
         return Executor(self.backend, self.model, limits, caches, max_steps_in_flight=in_flight)
 
@@ -186,7 +194,8 @@ class _Build:
         """Run it once over a cache of two blocks: what the allocator then holds stays its workspace."""
         began = time.perf_counter()
         executor = self._executor(self.limits)
-        executor.run(largest_plan(self.limits, self.backend.capabilities.span_mix))
+        with blamed(self.backend, "running its largest step"):
+            executor.run(largest_plan(self.limits, self.backend.capabilities.span_mix))
         self.backend.memory.synchronize()
         executor.close()
         del executor
@@ -210,6 +219,8 @@ def warm_up_plans(capabilities: Capabilities, limits: Limits) -> list[StepPlan]:
     longest = min(limits.max_tokens, limits.max_model_len)
     rows = min(limits.max_tokens, limits.max_rows)
     lengths = [[1], [min(16, longest)], [1] * min(rows, 8)]
+    if rows > 1 and longest > 16:
+        lengths.append([1, 16])
     if capabilities.shapes is ShapePolicy.BUCKETED:
         lengths += [[1] * size for size in capabilities.span_buckets if size <= rows]
         lengths += [[size] for size in capabilities.token_buckets if size <= longest]

@@ -21,7 +21,7 @@ from isthmus.contract import (
     Sampled,
     StepInputs,
 )
-from isthmus.errors import OutOfMemory, Unsupported
+from isthmus.errors import BackendError, OutOfMemory, Unsupported
 from isthmus.executor.dummy import decode_plan, dummy_plan
 from isthmus.executor.graphs import Captured, StepGraphs, capture_all
 from isthmus.executor.out_of_memory import is_out_of_memory
@@ -309,6 +309,11 @@ def _result(plan: StepPlan, pieces: list[_Fetching]) -> StepResult:
         tokens = np.concatenate([arrays[0] for arrays in fetched])
         invalid = np.concatenate([arrays[1] for arrays in fetched])
         logprobs = joined([_logprobs(arrays) for arrays in fetched]) if len(fetched[0]) > 2 else None
+    if tokens.shape != rows.shape or invalid.shape != rows.shape:
+        raise BackendError(
+            f"the backend sampled tokens of shape {tokens.shape}, of which {invalid.shape} may be invalid, "
+            f"for {len(rows)} rows; report it to its vendor"
+        )
     return StepResult(
         step=plan.step,
         rows=rows,
