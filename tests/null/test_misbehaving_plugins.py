@@ -93,7 +93,7 @@ class Odd(ReferenceAttention):
     def allocate(self, layers, limits, kv_dtype): return []
 PARTS = dict(attention=Odd(CPU))
 """,
-            "failed while allocating the KV cache: ValueError: attention.allocate returned 0 for the caches of 2 layers",
+            "while allocating the KV cache: ValueError: attention.allocate returned 0 for the caches of 2 layers",
         ),
         (
             """

@@ -38,10 +38,10 @@ LIES = {
 DRIVER = """
 import json, os, sys, pytest
 lies, folder = json.loads(sys.argv[1]), sys.argv[2]
+common = ["-q", "--pyargs", "isthmus.testing.suite", "-c", os.devnull, "-p", "no:cacheprovider",
+          "-p", "isthmus.testing.plugin", "--import-mode=importlib", "--isthmus-device=liar"]
 for lie, select in lies.items():
-    pytest.main(["-q", "--pyargs", "isthmus.testing.suite", "-c", os.devnull, "-p", "no:cacheprovider",
-        "-p", "isthmus.testing.plugin", "--import-mode=importlib", "--isthmus-device=liar", f"--isthmus-option=lie={lie}",
-        "-k", select, f"--isthmus-report={folder}/{lie}.jsonl"])
+    pytest.main([*common, f"--isthmus-option=lie={lie}", "-k", select, f"--isthmus-report={folder}/{lie}.jsonl"])
 """
 
 
