@@ -1,26 +1,30 @@
-"""AMD GPUs through ROCm: the name is taken, the backend is not written yet.
+"""The ROCm backend: the Triton kernels, AMD's matrix libraries through torch, and steps captured as HIP graphs.
 
-Choosing it says so in one line; nothing here pretends to run.
+A build of torch for ROCm answers to ``torch.cuda`` and to the device name "cuda"; ``torch.version.hip``
+tells it apart.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from isthmus.contract import Backend, DeviceInfo
-from isthmus.errors import BackendUnavailable
+from isthmus.contract import DeviceInfo
 from isthmus.hookspecs import hookimpl
+from isthmus_rocm.probe import probe_devices
 
-CONTRACT_VERSION = (1, 0)
+if TYPE_CHECKING:
+    from isthmus.contract import Backend
 
-REASON = "this release has no backend for AMD GPUs (ROCm) yet; use --device cpu, or install a plugin that provides one"
+CONTRACT_VERSION: Final = (1, 0)
 
 
 @hookimpl
 def isthmus_probe() -> list[DeviceInfo]:
-    raise BackendUnavailable(REASON)
+    return probe_devices()
 
 
 @hookimpl
 def isthmus_open(device: DeviceInfo, options: dict[str, Any]) -> Backend:
-    raise BackendUnavailable(REASON)
+    from isthmus_rocm.backend import open_backend
+
+    return open_backend(device, options)

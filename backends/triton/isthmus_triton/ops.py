@@ -14,11 +14,15 @@ from isthmus_triton.launch import LaunchTable, VectorLinear
 
 
 class TritonOps(ReferenceOps):
-    """:class:`isthmus.contract.Ops`.  Expert mixing is the reference's."""
+    """:class:`isthmus.contract.Ops`.  Expert mixing is the reference's.
 
-    def __init__(self, device: torch.device, table: LaunchTable) -> None:
+    ``wide_logits`` says that the matrix library multiplies 16-bit matrices into float32.
+    """
+
+    def __init__(self, device: torch.device, table: LaunchTable, *, wide_logits: bool = True) -> None:
         super().__init__(device)
         self._table = table
+        self._wide_logits = wide_logits
         self._scratch = LinearScratch(device)
 
     def embed(self, token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -43,7 +47,7 @@ class TritonOps(ReferenceOps):
             logits = vector_linear(hidden, weight.weight, None, launch, torch.float32)
         elif launch is not None:
             logits = split_linear(hidden, weight.weight, None, launch, self._scratch, torch.float32)
-        elif hidden.is_cuda:
+        elif hidden.is_cuda and self._wide_logits:
             # The product's own accumulators, not rounded to the compute dtype on the way.
             logits = torch.mm(hidden, weight.weight.t(), out_dtype=torch.float32)
         else:
