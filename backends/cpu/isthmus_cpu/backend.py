@@ -183,8 +183,7 @@ def _open_plain(device: DeviceInfo, options: CpuOptions, reason: str) -> Backend
 
 
 def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) -> Backend:
-    # torch computes next to nothing here: its own threads would only get in the way.
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)  # for loading; steps run on a thread of their own, see below
     pool = Pool(library, options.threads)
     runner = Runner(pool)
     ops = PanelOps(library, runner, options.threads)
@@ -195,7 +194,7 @@ def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) ->
         ops.close()
         pool.close()
 
-    return CpuBackend(
+    backend = CpuBackend(
         device,
         COMPILED,
         {"ops": kernels, "attention": kernels, "sampling": f"greedy {kernels}; else reference", "graphs": "tape"},
@@ -206,3 +205,6 @@ def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) ->
         graphs=TapeGraphs(pool, runner, inputs, library.panel),
         on_close=close,
     )
+    # The little that torch does within a step is not worth its threads, which spin after their work.
+    backend.memory.launch(lambda: torch.set_num_threads(1)).result()
+    return backend

@@ -31,6 +31,8 @@ def kernels_library() -> Path:
 
     Raises :class:`BackendUnavailable` where there is no compiler or it fails.
     """
+    if os.name != "posix":
+        raise BackendUnavailable(f"the kernels are written for Linux and macOS, not for {os.name}")
     compiler = _compiler()
     folder = _cache_folder()
     library = folder / f"kernels-{_key(compiler)}.so"

@@ -123,6 +123,7 @@ class Pool:
 
         ``alone`` runs on the calling thread: for work that is over before another thread would wake.
         """
+        assert self._handle is not None, "the pool is closed"
         step = self._no_counts if counts is None else counts
         self._calls.isthmus_run(self._handle, ctypes.byref(ops), length, ctypes.byref(step), alone)
 

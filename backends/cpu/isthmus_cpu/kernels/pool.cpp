@@ -60,7 +60,8 @@ struct Pool {
   }
 
   void play(int index, int playing);
-  void arrive();
+  template <class Before>
+  void arrive(Before before);
 
   void loop(int index) {
     uint64_t seen = 0;
@@ -97,18 +98,21 @@ struct Pool {
   const Op* ops = nullptr;
   int64_t num_ops = 0;
   Counts counts{};
+  int64_t position = 0;  // the operation that the next phase runs
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<uint32_t> phase{0};
 };
 
-// The last to arrive opens the next phase.  A waiter spins for a while, then gives its core away at
-// every look, because whoever is late may be waiting for that very core.
-void Pool::arrive() {
+// The last to arrive opens the next phase, after doing `before` alone.  A waiter spins for a while, then
+// gives its core away at every look, because whoever is late may be waiting for that very core.
+template <class Before>
+void Pool::arrive(Before before) {
   const uint32_t now = phase.load(std::memory_order_relaxed);
   if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
     arrived.store(0, std::memory_order_relaxed);
     next.store(0, std::memory_order_relaxed);
+    before();
     phase.store(now + 1, std::memory_order_release);
     return;
   }
@@ -138,7 +142,7 @@ void Worker::barrier() {
   if (count == 1) {
     pool->next.store(0, std::memory_order_relaxed);
   } else {
-    pool->arrive();
+    pool->arrive([] {});
   }
 }
 
@@ -148,17 +152,49 @@ static const Kernel kKernels[kKinds] = {
     run_read,       run_draw,           run_logprobs,
 };
 
+// Elements of an operation that one thread has done before two have agreed to share it.
+constexpr int64_t kLightElements = 4096;
+
+static bool is_light(const Op& op, int64_t rows) {
+  switch (op.kind) {
+    case kPlanAttention: return true;
+    case kRmsNorm:
+    case kAddRmsNorm:
+    case kAdd:
+    case kEmbed:
+    case kTakeRows: return rows * op.i[0] <= kLightElements;
+    case kRotateStore: return rows * (op.i[0] + 2 * op.i[1]) * op.i[2] <= kLightElements;
+    default: return false;
+  }
+}
+
 void Pool::play(int index, int playing) {
   // Copies: once the last barrier is passed, the next run may already be written here.
   const Op* const tape = ops;
   const int64_t length = num_ops;
   const Counts step = counts;
-  Worker worker{this, index, playing};
-  for (int64_t n = 0; n < length; n++) {
-    const Op& op = tape[n];
+  const auto rows_of = [&](const Op& op) {
     const int64_t numbers[] = {op.fixed, step.tokens, step.spans, step.samples};
-    kKernels[op.kind](op, numbers[op.rows], worker);
-    worker.barrier();
+    return numbers[op.rows];
+  };
+  Worker together{this, index, playing}, alone{this, index, 1};
+  if (playing == 1) {
+    for (int64_t n = 0; n < length; n++) {
+      kKernels[tape[n].kind](tape[n], rows_of(tape[n]), alone);
+      alone.barrier();
+    }
+    return;
+  }
+  for (int64_t n = 0; n < length; n = position) {
+    kKernels[tape[n].kind](tape[n], rows_of(tape[n]), together);
+    arrive([&] {
+      int64_t following = n + 1;
+      for (; following < length && is_light(tape[following], rows_of(tape[following])); following++) {
+        kKernels[tape[following].kind](tape[following], rows_of(tape[following]), alone);
+        alone.barrier();
+      }
+      position = following;
+    });
   }
 }
 
