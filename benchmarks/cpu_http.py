@@ -185,7 +185,7 @@ def figures_of(run: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {"ready_s": run["ready_s"], "peak_resident_mb": run["peak_resident_mb"]}
     for result in run["bench"]["runs"]:
         at = result["concurrency"]
-        flat[f"output_tok_s@{at}"] = result["output_tokens_per_s"]
+        flat[f"output_tok_s@{at}"] = result["output_token_per_s"]
         for name in ("ttft_ms", "itl_ms"):
             for percentile in ("p50", "p90", "p99"):
                 flat[f"{name}_{percentile}@{at}"] = result[name][percentile]

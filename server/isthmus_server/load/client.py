@@ -22,11 +22,13 @@ from isthmus_server.load.workload import LoadRequest
 _EVENT: Final = b'data: {"'
 _LAST: Final = b"data: [DONE]"
 _ERROR: Final = b'data: {"error"'
+_BODY_END: Final = b"\r\n0\r\n\r\n"
 _KEPT: Final = 2048
 """Bytes kept from one read to the next: enough for the last events."""
 _PROMPT_COUNT: Final = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 _OUTPUT_COUNT: Final = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
 TIMEOUT_S: Final = 600.0
+CLOSED: Final = "connection closed"
 
 
 class Target:
@@ -65,12 +67,17 @@ class _Stream(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def answered(self) -> bool:
+        """Whether anything of an answer to the last request has come."""
+        return bool(self._tail)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._finish("connection closed")
+        self._finish(CLOSED)
 
     async def ask(self, request: bytes) -> Seen:
         assert self._transport is not None
@@ -109,7 +116,7 @@ class _Stream(asyncio.Protocol):
         if not self._head_read:
             self._read_head(received)
         self._tail = received[-_KEPT:]
-        if self._tail.endswith(b"0\r\n\r\n"):
+        if self._tail.endswith(_BODY_END):
             self._end(now)
 
     def _read_head(self, received: bytes) -> None:
@@ -169,9 +176,14 @@ async def drive(
     async def work() -> None:
         stream: _Stream | None = None
         for index in waiting:
+            reused = stream is not None and stream.open
             if stream is None or not stream.open:
                 stream = await _connect(target)
             seen[index] = await stream.ask(encoded[index])
+            if seen[index].error == CLOSED and reused and not stream.answered:
+                # A server may close a connection that it kept open; the request was never read.
+                stream = await _connect(target)
+                seen[index] = await stream.ask(encoded[index])
         if stream is not None:
             stream.close()
 
