@@ -8,7 +8,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo serve chat install dev model test test-contract lint types format sizes clean
+.PHONY: demo serve chat install dev model test test-contract test-rocm lint types format sizes clean
 
 demo: install model  ## A real model answers over HTTP, then the server stops
 	$(BIN)/python examples/demo.py --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -50,6 +50,9 @@ test-contract: dev model  ## The certification kit on the CPU, on no device, and
 	$(BIN)/isthmus certify --device cpu
 	$(BIN)/isthmus certify --device null
 	$(BIN)/python -m pytest -q tests/packaging/test_plugin_example.py
+
+test-rocm: dev  ## Compiles every launch of the ROCm backend for five architectures; some minutes, no card needed
+	$(BIN)/python tests/kernels/rocm_compile.py --out benchmarks/results/rocm_compile.json
 
 lint: dev
 	$(BIN)/ruff check .

@@ -397,14 +397,53 @@ def main() -> int:
     results = [result for rows, _ in runs for result in rows]
     bad = [f"{r['target']} {r['kernel']} ({r['case']}): {r['problem']}" for r in results if not r["ok"]]
     bad += [death for _, death in runs if death]
+    summary = summarise(results)
     for name in TARGETS:
         mine = [result for result in results if result["target"] == name]
         print(f"{name}: {sum(result['ok'] for result in mine)} of {len(mine)} programs good")
-    print("\n".join(bad))
+    print("\n".join([*bad, *markdown(summary)]))
     if options.out:
-        report = {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0], "results": results}
-        options.out.write_text(json.dumps(report, indent=0) + "\n")
+        report = {
+            "command": "make test-rocm",
+            "triton": triton.__version__,
+            "torch": torch.__version__.partition("+")[0],
+            "failed": bad,
+            "kernels": summary,
+        }
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if bad else 0
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a kernel and target: how many programs, how many of them good, and the most that any of them takes."""
+    most = ("vgprs", "shared_bytes", "threads", "spilled", "scratch_bytes")
+    rows = []
+    for kernel in sorted({result["kernel"] for result in results}):
+        for target in TARGETS:
+            mine = [r for r in results if (r["kernel"], r["target"]) == (kernel, target)]
+            if mine:
+                row = {"kernel": kernel, "target": target, "programs": len(mine), "good": sum(r["ok"] for r in mine)}
+                row |= {field: max(r[field] for r in mine) for field in most}
+                rows.append(row | {"matrix": sorted({r["matrix"] for r in mine} - {""})})
+    return rows
+
+
+def markdown(summary: list[dict[str, Any]]) -> list[str]:
+    """Kernels by targets: good of compiled programs, most registers of a lane, most KiB of shared memory."""
+    cells = {
+        (row["kernel"], row["target"]): f"{row['good']}/{row['programs']} · {row['vgprs']} · "
+        f"{row['shared_bytes'] / 1024:.3g}"
+        for row in summary
+    }
+    kernels = sorted({row["kernel"] for row in summary})
+    return [
+        f"| kernel | {' | '.join(TARGETS)} |",
+        "|---" * (len(TARGETS) + 1) + "|",
+        *(
+            f"| {kernel.removesuffix('_kernel')} | {' | '.join(cells.get((kernel, t), '-') for t in TARGETS)} |"
+            for kernel in kernels
+        ),
+    ]
 
 
 if __name__ == "__main__":
