@@ -183,7 +183,8 @@ def _open_plain(device: DeviceInfo, options: CpuOptions, reason: str) -> Backend
 
 
 def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) -> Backend:
-    torch.set_num_threads(options.threads)  # for loading; steps run on a thread of their own, see below
+    # The little that torch does is not worth its threads, which spin after their work.
+    torch.set_num_threads(1)
     pool = Pool(library, options.threads)
     runner = Runner(pool)
     ops = PanelOps(library, runner, options.threads)
@@ -194,7 +195,7 @@ def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) ->
         ops.close()
         pool.close()
 
-    backend = CpuBackend(
+    return CpuBackend(
         device,
         COMPILED,
         {"ops": kernels, "attention": kernels, "sampling": f"greedy {kernels}; else reference", "graphs": "tape"},
@@ -205,6 +206,3 @@ def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) ->
         graphs=TapeGraphs(pool, runner, inputs, library.panel),
         on_close=close,
     )
-    # The little that torch does within a step is not worth its threads, which spin after their work.
-    backend.memory.launch(lambda: torch.set_num_threads(1)).result()
-    return backend

@@ -93,7 +93,7 @@ class Library:
         loaded.isthmus_packed_bytes.restype = ctypes.c_int64
         loaded.isthmus_packed_bytes.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
         loaded.isthmus_pack.argtypes = (
-            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int),
+            *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int),
             *(ctypes.c_int64, ctypes.c_int64),
         )
         loaded.isthmus_pack.restype = None

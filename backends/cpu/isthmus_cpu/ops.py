@@ -175,7 +175,7 @@ class PanelOps:
         def pack(number: int, first: int) -> None:
             self._library.calls.isthmus_pack(
                 weights[number].data_ptr(),
-                *(kind, out, depth, packed.data_ptr() + number * each, kind, first, min(first + step, panels)),
+                *(out, depth, packed.data_ptr() + number * each, kind, first, min(first + step, panels)),
             )
 
         jobs = [(number, first) for number in range(count) for first in range(0, panels, step)]

@@ -17,29 +17,26 @@ int64_t isthmus_packed_bytes(int64_t out, int64_t in, int bf16) {
   return panels * kPanel * (bf16 ? (in + 1) / 2 * 4 : in * 4);
 }
 
-// Pack panels [first, last) of a row-major weight.  `kind`: 0 float32, 1 bfloat16.
-void isthmus_pack(const void* weight, int kind, int64_t out, int64_t in, void* packed, int bf16, int64_t first,
-                  int64_t last) {
-  const float* floats = static_cast<const float*>(weight);
-  const uint16_t* halves = static_cast<const uint16_t*>(weight);
+// Pack panels [first, last) of a row-major weight, float32 or bfloat16, into the same type.
+void isthmus_pack(const void* weight, int64_t out, int64_t in, void* packed, int bf16, int64_t first, int64_t last) {
   const int64_t pairs = (in + 1) / 2;
   for (int64_t panel = first; panel < last; panel++) {
-    for (int64_t j = 0; j < kPanel; j++) {
-      const int64_t n = panel * kPanel + j;
-      if (bf16) {
-        uint16_t* to = static_cast<uint16_t*>(packed) + (panel * pairs * kPanel + j) * 2;
-        for (int64_t k = 0; k < 2 * pairs; k++) {
-          uint16_t value = 0;
-          if (n < out && k < in) value = kind ? halves[n * in + k] : to_bf16(floats[n * in + k]);
-          to[k / 2 * kPanel * 2 + (k & 1)] = value;
-        }
-      } else {
-        float* to = static_cast<float*>(packed) + panel * in * kPanel + j;
-        for (int64_t k = 0; k < in; k++) {
-          float value = 0;
-          if (n < out) value = kind ? from_bf16(halves[n * in + k]) : floats[n * in + k];
-          to[k * kPanel] = value;
-        }
+    const int64_t column = panel * kPanel, width = std::min<int64_t>(kPanel, out - column);
+    if (bf16) {
+      const uint16_t* from = static_cast<const uint16_t*>(weight) + column * in;
+      uint32_t* to = static_cast<uint32_t*>(packed) + panel * pairs * kPanel;
+      for (int64_t k = 0; k < in / 2; k++, to += kPanel) {
+        for (int64_t j = 0; j < width; j++) memcpy(to + j, from + j * in + 2 * k, 4);
+        for (int64_t j = width; j < kPanel; j++) to[j] = 0;
+      }
+      if (in % 2) {
+        for (int64_t j = 0; j < kPanel; j++) to[j] = j < width ? from[j * in + in - 1] : 0;
+      }
+    } else {
+      const float* from = static_cast<const float*>(weight) + column * in;
+      float* to = static_cast<float*>(packed) + panel * in * kPanel;
+      for (int64_t k = 0; k < in; k++, to += kPanel) {
+        for (int64_t j = 0; j < kPanel; j++) to[j] = j < width ? from[j * in + k] : 0;
       }
     }
   }
