@@ -64,7 +64,14 @@ def attention_cases(arch: str) -> Iterator[Case]:
                 f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} block_tables:*i32 programs:*i32 "
                 "short_spans:*i32 partial_out:*fp32 partial_max:*fp32 partial_sum:*fp32 arrivals:*i32 "
                 "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
-                {**shape, **switches, "SHARED": rows == 16, "ROWS": rows, "KEY_TILE": decode.key_tile, "STAGES": decode.stages},
+                {
+                    **shape,
+                    **switches,
+                    "SHARED": rows == 16,
+                    "ROWS": rows,
+                    "KEY_TILE": decode.key_tile,
+                    "STAGES": decode.stages,
+                },
                 decode.warps,
             )
         prefill = table.prefill_for(row_bytes)
@@ -117,8 +124,17 @@ def attention_cases(arch: str) -> Iterator[Case]:
         plan.plan_kernel,
         "context_lengths:*i32 query_starts:*i32 span_rows:*i32 block_tables:*i32 programs:*i32 short_spans:*i32 "
         "long_tiles:*i32 num_spans:i32 num_programs:i32 kv_heads:i32 window:i32 short_length:i32 least_tiles:i32 "
-        "table_stride:i32 shared_programs:i32",
-        {"GROUP": 4, "KEY_TILE": 64, "QUERY_TILE": 128, "SPANS": 1024, "PROGRAMS": 512, "SEARCH": 11, "BLOCK_SIZE": 64, "SHARE": True},
+        "table_stride:i32 shared_programs:i32 least_shared:i32",
+        {
+            "GROUP": 4,
+            "KEY_TILE": 64,
+            "QUERY_TILE": 128,
+            "SPANS": 1024,
+            "PROGRAMS": 512,
+            "SEARCH": 11,
+            "BLOCK_SIZE": 64,
+            "SHARE": True,
+        },
         8,
     )
 
@@ -179,14 +195,14 @@ def step_cases(arch: str) -> Iterator[Case]:
         "slices",
         sample.slices_kernel,
         f"logits:*fp32 slices:*fp32 slice_ids:*i32 group_tops:*fp32 collected:*i32 {rows} vocab:i32",
-        {"BLOCK": 2048, "GROUP": 128},
+        {"SLICE": 8192, "BLOCK": 2048, "GROUP": 128},
     )
     yield Case(
         "check",
         sample.check_kernel,
         "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 row_parameters:*i64 sample_rows:*i32 vocab:i32 "
         "num_slices:i32",
-        {"SLICES": 64, "BLOCK": 2048},
+        {"SLICES": 16, "SLICE": 8192, "BLOCK": 2048},
     )
     yield Case(
         "choose",
@@ -194,7 +210,7 @@ def step_cases(arch: str) -> Iterator[Case]:
         "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 group_tops:*fp32 some_x:*fp32 some_ids:*i32 "
         f"collected:*i32 invalid_before:*i32 {rows} tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 "
         "history_stride:i32 num_slices:i32 num_groups:i32",
-        {"SLICES": 64, "GROUPS": 1024, "MOST": 2048, "BLOCK": 8192},
+        {"SLICES": 16, "GROUPS": 1024, "MOST": 2048, "BLOCK": 8192},
         launch_table(arch).choose_warps,
     )
     yield Case(
@@ -227,6 +243,8 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
         for name, parameter in inspect.signature(case.kernel.fn).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
+    if "OVERLAP" in defaults:
+        defaults["OVERLAP"] = launch_table(sys.argv[1]).overlap
     case = replace(case, constants={**defaults, **case.constants})
     missing = set(names) - set(signature) - set(case.constants)
     assert not missing, f"{case.name}: no type for {sorted(missing)}"

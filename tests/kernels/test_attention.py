@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec
 from isthmus.plan import StepPlan
@@ -193,11 +192,8 @@ def test_a_neighbour_changes_nothing(device: torch.device, arch: str) -> None:
 
 @pytest.mark.parametrize("shared_blocks", [0, 2, 5])
 @pytest.mark.parametrize("units", [1, 6, 40])
-def test_keys_that_all_short_spans_share(
-    device: torch.device, arch: str, shared_blocks: int, units: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("isthmus_triton.kernels.plan._LEAST_SHARED", tl.constexpr(1))
-    table = replace(launch_table(arch), share_spans=2)
+def test_keys_that_all_short_spans_share(device: torch.device, arch: str, shared_blocks: int, units: int) -> None:
+    table = replace(launch_table(arch), share_spans=2, share_tiles=1)
     spans = [(96, 1), (97, 1), (80, 1), (250, 1), (130, 1), (85, 40)]
     step = Step(
         device, arch, spans, LAYER, torch.float32, LIMITS, table=table, units=units, shared_blocks=shared_blocks
@@ -209,6 +205,6 @@ def test_keys_that_all_short_spans_share(
 
 
 def test_verify_spans_share_nothing(device: torch.device, arch: str) -> None:
-    table = replace(launch_table(arch), share_spans=2)
+    table = replace(launch_table(arch), share_spans=2, share_tiles=1)
     spans = [(96, 1), (97, 2), (80, 1)]
     check(Step(device, arch, spans, LAYER, torch.float32, LIMITS, table=table, shared_blocks=5))

@@ -143,8 +143,9 @@ class TritonAttention:
         for shape, buffers in self._buffers.items():
             decode, prefill = self._launches(shape)
             short = self._short_length(shape)
-            shorts[shape] = 1 if longest == 1 else short
-            longs[shape] = longest > short
+            # Beside long spans a short one of several tokens is taken for long: one variant less to compile.
+            shorts[shape] = short if 1 < longest <= short else 1
+            longs[shape] = longest > shorts[shape]
             make_plan(
                 buffers,
                 inputs,
@@ -157,6 +158,7 @@ class TritonAttention:
                 least_tiles=decode.least_tiles,
                 block_size=self._block_size,
                 share=share and not shape.window,
+                least_shared=self._table.share_tiles,
             )
         return StepPlanning(self._buffers, shorts, longs, share)
 
@@ -170,7 +172,15 @@ class TritonAttention:
         inputs: StepInputs,
     ) -> Tensor:
         return rotate_and_store(
-            qkv, cache.keys, cache.values, layer, rotary, qk_norm, inputs, heads_each=self._table.heads_each
+            qkv,
+            cache.keys,
+            cache.values,
+            layer,
+            rotary,
+            qk_norm,
+            inputs,
+            heads_each=self._table.heads_each,
+            overlap=self._table.overlap,
         )
 
     def attend(
@@ -201,6 +211,7 @@ class TritonAttention:
             plan.longest_short[shape],
             decode,
             shared,
+            overlap=self._table.overlap and shared is None,
         )
         return out
 

@@ -18,6 +18,11 @@ HISTORY_ALIGNMENT: Final = 16
 APPEND_BLOCK: Final = 128
 
 
+def history_width(limits: Limits) -> int:
+    """Tokens from one row of the history to the next."""
+    return -(-(limits.max_model_len + 1) // HISTORY_ALIGNMENT) * HISTORY_ALIGNMENT
+
+
 class _Layout:
     """Where each array of a step lies in the packed int32 buffer: fixed, so that views never move."""
 
@@ -52,9 +57,8 @@ class TritonInputs:
         self._max_context_length = 1
         self._leading_single = 0
         rows = limits.max_rows + 1
-        history = -(-(limits.max_model_len + 1) // HISTORY_ALIGNMENT) * HISTORY_ALIGNMENT
         return DeviceState(
-            tokens=self._zeros(rows, history)[:, : limits.max_model_len + 1],
+            tokens=self._zeros(rows, history_width(limits))[:, : limits.max_model_len + 1],
             block_tables=self._zeros(rows, limits.max_blocks_per_row),
             num_prompt_tokens=self._zeros(rows),
         )

@@ -20,7 +20,7 @@ class DecodeLaunch:
     programs_per_unit: int
     """Programs in the fixed grid for each compute unit of the device."""
     least_tiles: int = 1
-    """Tiles a program takes at least, so that a short step is not cut into more partial results than it saves."""
+    """Tiles a program takes at least where a span would otherwise be cut into more than a few partial results."""
     compiler: tuple[tuple[str, int], ...] = ()
     """Options that only this architecture's compiler knows, by name."""
     await_stores: bool = False
@@ -83,10 +83,14 @@ class LaunchTable:
     prefill: tuple[tuple[int, PrefillLaunch], ...]
     linear: tuple[LinearRule, ...] = ()
     """The first rule that covers a product is taken; the matrix library where none does."""
-    share_spans: int = 32
+    share_spans: int = 65
     """Spans from which a step looks for keys that all its short spans share, and reads those once."""
+    share_tiles: int = 128
+    """Tiles (times short spans) of shared keys below which each span reads them by itself."""
     choose_warps: int = 8
     """Warps that cut and draw one row's token."""
+    overlap: bool = False
+    """Whether a kernel may begin while the one before it ends."""
     heads_each: int = 16
     """Heads that one program rotates and stores."""
 
@@ -143,6 +147,7 @@ TABLES: Final[dict[str, LaunchTable]] = {
     # benchmarks/gpu_kernels.py on an H100 80GB HBM3, benchmarks/results/h100_kernels.json.
     "sm_90": LaunchTable(
         choose_warps=32,
+        overlap=True,
         decode=(
             (256, DecodeLaunch(key_tile=64, stages=3, warps=4, programs_per_unit=2, least_tiles=4)),
             (512, DecodeLaunch(key_tile=32, stages=3, warps=4, programs_per_unit=2, least_tiles=4)),

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
+from isthmus_triton.ahead import CompileAhead, Launch
+from isthmus_triton.inputs import history_width
 from isthmus_triton.kernels.adjust import adjust_kernel
 from isthmus_triton.kernels.sample import check_kernel, choose_kernel, slices_kernel
 from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
 
-SLICE: Final = 2048
+SLICE: Final = 8192
 """Logits that one program of the first passes reads."""
 GROUP: Final = 128
 """Logits whose largest is kept, to bound the ``top_k``-th one from below."""
@@ -47,11 +49,14 @@ class TritonSampling:
     def __init__(self, device: torch.device, table: LaunchTable = FALLBACK) -> None:
         self._device = device
         self._choose_warps = table.choose_warps
+        self._ahead = CompileAhead(device)
 
     def allocate(self, limits: Limits) -> RowStates:
         rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)
         bits = torch.zeros(limits.max_rows, bit_words(limits.vocab_size), dtype=torch.int32, device=self._device)
-        return RowStates(rows, bits, limits.vocab_size)
+        state = RowStates(rows, bits, limits.vocab_size)
+        self._compile(state, limits)
+        return state
 
     def apply(self, state: RowStates, plan: StepPlan) -> None:
         if not plan.starts:
@@ -78,57 +83,81 @@ class TritonSampling:
     def sample(
         self, logits: Tensor, inputs: StepInputs, device: DeviceState, state: RowStates, num_logprobs: int
     ) -> Sampled:
-        samples, vocab = logits.shape
+        samples = logits.shape[0]
         raw = logits.clone() if num_logprobs >= 0 else logits
-        rows, last, positions = inputs.sample_rows, inputs.sample_tokens, inputs.positions
-        empty = logits.new_empty
-        tokens, invalid_before = empty(samples, dtype=torch.int32), empty(samples, dtype=torch.int32)
-        invalid = empty(samples, dtype=torch.bool)
-        history = device.tokens
+        tokens = logits.new_empty(samples, dtype=torch.int32)
+        invalid = logits.new_empty(samples, dtype=torch.bool)
         if samples:
-            adjust_kernel[(samples,)](
-                logits, invalid_before, state.parameters, rows, last, positions, history, device.num_prompt_tokens,
-                state.seen_bits, vocab, history.stride(0), state.seen_bits.stride(0), BLOCK=1024, num_warps=4,
-            )  # fmt: skip
-            self._choose(logits, invalid_before, tokens, invalid, inputs, device, state)
+            self._ahead.wait()
+            for launch in self._launches(logits, tokens, invalid, inputs, device, state):
+                launch.run()
         if num_logprobs < 0:
             return Sampled(tokens=tokens, invalid=invalid)
         return _with_logprobs(raw, tokens, invalid, num_logprobs)
 
-    def _choose(
+    def _launches(
         self,
         logits: Tensor,
-        invalid_before: Tensor,
         tokens: Tensor,
         invalid: Tensor,
         inputs: StepInputs,
         device: DeviceState,
         state: RowStates,
-    ) -> None:
+    ) -> list[Launch]:
         samples, vocab = logits.shape
         rows, last, positions, history = inputs.sample_rows, inputs.sample_tokens, inputs.positions, device.tokens
-        empty = logits.new_empty
+        empty, bits = logits.new_empty, state.seen_bits
         num_slices = triton.cdiv(vocab, SLICE)
         num_groups = num_slices * (SLICE // GROUP)
         slices, masses = empty(samples, num_slices, 4), empty(samples, num_slices, 2)
         ids, collected = empty(samples, num_slices, dtype=torch.int32), empty(samples, dtype=torch.int32)
         group_tops, some_x = empty(samples, num_groups), empty(samples, MOST_COLLECTED)
         some_ids = empty(samples, MOST_COLLECTED, dtype=torch.int32)
+        invalid_before = empty(samples, dtype=torch.int32)
         padded = triton.next_power_of_2(num_slices)
-        slices_kernel[(samples, num_slices)](
-            logits, slices, ids, group_tops, collected, state.parameters, rows, last, positions, vocab,
-            BLOCK=SLICE, GROUP=GROUP, num_warps=4,
+        adjust = (
+            logits, invalid_before, state.parameters, rows, last, positions, history, device.num_prompt_tokens,
+            bits, vocab, history.stride(0), bits.stride(0),
         )  # fmt: skip
-        check_kernel[(samples, num_slices)](
-            logits, slices, ids, masses, state.parameters, rows, vocab, num_slices,
-            SLICES=padded, BLOCK=SLICE, num_warps=4,
-        )  # fmt: skip
-        choose_kernel[(samples,)](
+        cut = (logits, slices, ids, group_tops, collected, state.parameters, rows, last, positions, vocab)
+        check = (logits, slices, ids, masses, state.parameters, rows, vocab, num_slices)
+        choose = (
             logits, slices, ids, masses, group_tops, some_x, some_ids, collected, invalid_before, state.parameters,
             rows, last, positions, history, tokens, invalid, vocab, history.stride(0), num_slices, num_groups,
-            SLICES=padded, GROUPS=triton.next_power_of_2(num_groups), MOST=MOST_COLLECTED,
-            BLOCK=min(8192, triton.next_power_of_2(vocab)), num_warps=self._choose_warps,
         )  # fmt: skip
+        sizes = {"SLICE": SLICE, "BLOCK": SLICE // 4, "num_warps": 4}
+        choose_sizes = {
+            "SLICES": padded,
+            "GROUPS": triton.next_power_of_2(num_groups),
+            "MOST": MOST_COLLECTED,
+            "BLOCK": min(8192, triton.next_power_of_2(vocab)),
+            "num_warps": self._choose_warps,
+        }
+        return [
+            Launch(adjust_kernel, (samples,), adjust, {"BLOCK": 1024, "num_warps": 4}),
+            Launch(slices_kernel, (samples, num_slices), cut, {"GROUP": GROUP, **sizes}),
+            Launch(check_kernel, (samples, num_slices), check, {"SLICES": padded, **sizes}),
+            Launch(choose_kernel, (samples,), choose, choose_sizes),
+        ]
+
+    def _compile(self, state: RowStates, limits: Limits) -> None:
+        """Begin to compile what :meth:`sample` launches, with arguments of the same kinds."""
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=self._device)
+
+        one = integers(1)
+        device = DeviceState(
+            tokens=integers(1, history_width(limits)), block_tables=integers(1, 1), num_prompt_tokens=one
+        )
+        inputs = StepInputs(
+            token_ids=one, positions=one, slots=one, span_rows=one, query_starts=one, context_lengths=one,
+            block_tables=one, sample_tokens=one, sample_rows=one, num_tokens=1, num_spans=1, num_samples=1,
+            max_query_length=1, max_context_length=1,
+        )  # fmt: skip
+        logits = torch.zeros(1, state.vocab_size, device=self._device)
+        invalid = torch.zeros(1, dtype=torch.bool, device=self._device)
+        self._ahead.begin(self._launches(logits, integers(1), invalid, inputs, device, state))
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:
         invalid = ~torch.isfinite(logits.amax(dim=-1))

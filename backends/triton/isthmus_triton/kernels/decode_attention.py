@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec
+from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 from isthmus_triton.kernels.plan import HEADER, SHARED_ROWS, PlanBuffers
 from isthmus_triton.launch import DecodeLaunch
 
@@ -138,8 +139,11 @@ def decode_kernel(
     SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
     AWAIT_STORES: tl.constexpr = False,
+    OVERLAP: tl.constexpr = False,
 ):
     program = tl.program_id(0)
+    await_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     per_program = tl.load(programs)
     all_work = tl.load(programs + 1)
     work = program * per_program
@@ -245,7 +249,7 @@ def decode_kernel(
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
             if arrived == parts - 1:
                 starts_within = begin % per_program != 0
-                if parts <= 8:
+                if parts <= 16:
                     acc = tl.zeros((ROWS, DIM), tl.float32)
                     top = tl.full((ROWS,), LOWEST, tl.float32)
                     total = tl.zeros((ROWS,), tl.float32)
@@ -338,6 +342,8 @@ def decode_attention(
     longest: int,
     launch: DecodeLaunch,
     shared: SharedScratch | None,
+    *,
+    overlap: bool = False,
 ) -> None:
     """Attend the plan's short spans, of at most ``longest`` tokens each; other tokens' ``out`` is left alone.
 
@@ -378,6 +384,8 @@ def decode_attention(
         SHARED=shared is not None,
         PRECISION="ieee",
         AWAIT_STORES=launch.await_stores,
+        OVERLAP=overlap,
         num_warps=launch.warps,
+        **overlapping(overlap),
         **dict(launch.compiler),
     )

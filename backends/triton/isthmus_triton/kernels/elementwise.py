@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+
 MOST_APART: Final = 512
 """Tokens up to which the gated activation has an output of its own."""
 
@@ -21,10 +23,13 @@ def gated_activation_kernel(
     out_stride,
     BLOCK: tl.constexpr,
     SILU: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
+    await_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     gate = tl.load(gate_up + token * 2 * inner + column, mask=mask, other=0.0)
     up = tl.load(gate_up + token * 2 * inner + inner + column, mask=mask, other=0.0)
     wide = gate.to(tl.float32)
@@ -59,7 +64,7 @@ def gather_rows_kernel(
     tl.store(out + n * width + column, value, mask=mask)
 
 
-def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+def gated_activation(gate_up: Tensor, activation: str, *, overlap: bool = False) -> Tensor:
     """``act(gate) * up`` from [tokens, 2 * inner], contiguous; "silu" or "gelu_tanh".
 
     Many tokens' products are written over the gates, and are a view of rows that lie apart.
@@ -71,7 +76,15 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     block = min(2048, triton.next_power_of_2(inner))
     if tokens:
         gated_activation_kernel[(tokens, triton.cdiv(inner, block))](
-            gate_up, out, inner, out.stride(0), BLOCK=block, SILU=activation == "silu", num_warps=4
+            gate_up,
+            out,
+            inner,
+            out.stride(0),
+            BLOCK=block,
+            SILU=activation == "silu",
+            OVERLAP=overlap,
+            num_warps=4,
+            **overlapping(overlap),
         )
     return out
 

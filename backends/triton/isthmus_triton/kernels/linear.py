@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isthmus_triton.ahead import Launch
+from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 from isthmus_triton.launch import SplitLinear, VectorLinear
 
 
@@ -22,13 +24,26 @@ def vector_linear_kernel(
     IN_TILE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     feature = tl.program_id(0) * OUT_TILE + tl.arange(0, OUT_TILE)
     inner = tl.arange(0, IN_TILE)
     feature_ok = feature < out_features
     base = weight + feature.to(tl.int64)[:, None] * in_features
     acc = tl.zeros((OUT_TILE, IN_TILE), tl.float32)
-    for begin in range(0, in_features, IN_TILE):
+    if OVERLAP and EVEN:
+        # The weight's first tile is on its way while the kernel before this one ends.
+        w = tl.load(base + inner[None, :])
+        await_previous(OVERLAP)
+        let_next_begin(OVERLAP)
+        values = tl.load(x + inner)
+        acc += w.to(tl.float32) * values.to(tl.float32)[None, :]
+        start = IN_TILE
+    else:
+        await_previous(OVERLAP)
+        let_next_begin(OVERLAP)
+        start = 0
+    for begin in range(start, in_features, IN_TILE):
         column = begin + inner
         if EVEN:
             w = tl.load(base + column[None, :])
@@ -61,6 +76,7 @@ def split_linear_kernel(
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -74,6 +90,8 @@ def split_linear_kernel(
     last = tl.minimum(first + share, tl.cdiv(in_features, IN_TILE))
     # The weight is the left operand: its rows are many enough for the widest matrix instructions.
     acc = tl.zeros((OUT_TILE, ROWS), tl.float32)
+    await_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     base = weight + feature.to(tl.int64)[:, None] * in_features
     for step in tl.range(first, last, num_stages=STAGES):
         column = step * IN_TILE + inner
@@ -129,26 +147,75 @@ class LinearScratch:
         return self._partial, self._arrivals
 
 
+def vector_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sizes: tuple[int, int],
+    launch: VectorLinear,
+    overlap: bool,
+) -> Launch:
+    out_features, in_features = sizes
+    options = {
+        "OUT_TILE": launch.out_tile,
+        "IN_TILE": launch.in_tile,
+        "HAS_BIAS": bias is not None,
+        "EVEN": out_features % launch.out_tile == 0 and in_features % launch.in_tile == 0,
+        "OVERLAP": overlap,
+        "num_warps": launch.warps,
+        **overlapping(overlap),
+    }
+    arguments = (x, weight, weight if bias is None else bias, out, out_features, in_features)
+    return Launch(vector_linear_kernel, (triton.cdiv(out_features, launch.out_tile),), arguments, options)
+
+
 def vector_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, launch: VectorLinear, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    launch: VectorLinear,
+    out_dtype: torch.dtype | None = None,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias`` for one row, [1, in_features]; both contiguous."""
     out_features, in_features = weight.shape
     out = torch.empty(1, out_features, dtype=out_dtype or x.dtype, device=x.device)
-    vector_linear_kernel[(triton.cdiv(out_features, launch.out_tile),)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        out,
-        out_features,
-        in_features,
-        OUT_TILE=launch.out_tile,
-        IN_TILE=launch.in_tile,
-        HAS_BIAS=bias is not None,
-        EVEN=out_features % launch.out_tile == 0 and in_features % launch.in_tile == 0,
-        num_warps=launch.warps,
-    )
+    vector_launch(x, weight, bias, out, (out_features, in_features), launch, overlap).run()
     return out
+
+
+def padded_rows(rows: int) -> int:
+    return max(16, triton.next_power_of_2(rows))
+
+
+def split_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: tuple[Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    launch: SplitLinear,
+    overlap: bool,
+) -> Launch:
+    rows, out_features, in_features = sizes
+    options = {
+        "ROWS": padded_rows(rows),
+        "OUT_TILE": launch.out_tile,
+        "IN_TILE": launch.in_tile,
+        "SPLITS": launch.splits,
+        "STAGES": launch.stages,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": "ieee",
+        "OVERLAP": overlap,
+        "num_warps": launch.warps,
+        **overlapping(overlap),
+    }
+    arguments = (x, weight, weight if bias is None else bias, out, *scratch, rows, out_features, in_features)
+    grid = (triton.cdiv(out_features, launch.out_tile), launch.splits)
+    return Launch(split_linear_kernel, grid, arguments, options)
 
 
 def split_linear(
@@ -158,30 +225,13 @@ def split_linear(
     launch: SplitLinear,
     scratch: LinearScratch,
     out_dtype: torch.dtype | None = None,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias`` for up to a few dozen rows; both contiguous."""
     rows, (out_features, in_features) = x.shape[0], weight.shape
     out = torch.empty(rows, out_features, dtype=out_dtype or x.dtype, device=x.device)
-    padded = max(16, triton.next_power_of_2(rows))
     tiles = triton.cdiv(out_features, launch.out_tile)
-    partial, arrivals = scratch.reserve(launch.splits * tiles * launch.out_tile * padded, tiles)
-    split_linear_kernel[(tiles, launch.splits)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        out,
-        partial,
-        arrivals,
-        rows,
-        out_features,
-        in_features,
-        ROWS=padded,
-        OUT_TILE=launch.out_tile,
-        IN_TILE=launch.in_tile,
-        SPLITS=launch.splits,
-        STAGES=launch.stages,
-        HAS_BIAS=bias is not None,
-        PRECISION="ieee",
-        num_warps=launch.warps,
-    )
+    buffers = scratch.reserve(launch.splits * tiles * launch.out_tile * padded_rows(rows), tiles)
+    split_launch(x, weight, bias, out, buffers, (rows, out_features, in_features), launch, overlap).run()
     return out

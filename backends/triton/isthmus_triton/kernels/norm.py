@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+
 
 @triton.jit
 def rms_norm_kernel(
@@ -18,11 +20,14 @@ def rms_norm_kernel(
     epsilon,
     COLUMNS: tl.constexpr,
     ADD: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     mask = column < hidden
     w = tl.load(weight + column, mask=mask, other=0.0)
+    await_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     value = tl.load(x + row * row_stride + column, mask=mask, other=0.0)
     wide = value.to(tl.float32)
     if ADD:
@@ -37,27 +42,29 @@ def _warps(columns: int) -> int:
     return 8 if columns >= 4096 else 4
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, overlap: bool = False) -> Tensor:
     """``x / rms(x) * weight`` over the last dimension of ``x`` [..., hidden], contiguous."""
     hidden = x.shape[-1]
     flat = x.reshape(-1, hidden)
-    result = x.new_empty(x.shape) if out is None else out
+    result = x.new_empty(x.shape)
     columns = triton.next_power_of_2(hidden)
     if flat.shape[0]:
         rms_norm_kernel[(flat.shape[0],)](
             flat, flat, weight, result, flat.stride(0), hidden, epsilon,
-            COLUMNS=columns, ADD=False, num_warps=_warps(columns),
+            COLUMNS=columns, ADD=False, OVERLAP=overlap, num_warps=_warps(columns), **overlapping(overlap),
         )  # fmt: skip
     return result
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, overlap: bool = False
+) -> tuple[Tensor, Tensor]:
     """``residual + x`` normed, written over ``x``, and the sum, written over ``residual``; both contiguous."""
     hidden = x.shape[-1]
     columns = triton.next_power_of_2(hidden)
     if x.shape[0]:
         rms_norm_kernel[(x.shape[0],)](
             x, residual, weight, x, x.stride(0), hidden, epsilon,
-            COLUMNS=columns, ADD=True, num_warps=_warps(columns),
+            COLUMNS=columns, ADD=True, OVERLAP=overlap, num_warps=_warps(columns), **overlapping(overlap),
         )  # fmt: skip
     return x, residual

@@ -22,11 +22,9 @@ HEADER: Final = 8
 then of the keys that all short spans share: tiles, splits, tiles of query rows, and a row that has them."""
 SHARED_ROWS: Final = 128
 """Query rows (short span times group) that are attended to shared keys at once."""
-LEAST_SHARED: Final = 128
-"""Tiles (times short spans) of shared keys below which each span reads them by itself."""
 _HEADER = tl.constexpr(HEADER)
+MOST_PARTS = tl.constexpr(8)
 _SHARED_ROWS = tl.constexpr(SHARED_ROWS)
-_LEAST_SHARED = tl.constexpr(LEAST_SHARED)
 
 
 @triton.jit
@@ -52,7 +50,16 @@ def shared_blocks(block_tables, table_stride, row, counts, limit, SPANS: tl.cons
 
 
 @triton.jit(
-    do_not_specialize=["num_spans", "num_programs", "kv_heads", "window", "short_length", "least_tiles", "table_stride"]
+    do_not_specialize=[
+        "num_spans",
+        "num_programs",
+        "kv_heads",
+        "window",
+        "short_length",
+        "least_tiles",
+        "table_stride",
+        "least_shared",
+    ]
 )
 def plan_kernel(
     context_lengths,
@@ -70,6 +77,7 @@ def plan_kernel(
     least_tiles,
     table_stride,
     shared_programs,
+    least_shared,
     GROUP: tl.constexpr,
     KEY_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
@@ -104,7 +112,7 @@ def plan_kernel(
         limit = tl.where((num_short > 1) & (tl.max(tl.where(is_short, length, 0), 0) == 1), limit, 0)
         blocks, one = shared_blocks(block_tables, table_stride, row, is_short, limit, SPANS)
         shared_tiles = blocks * BLOCK_SIZE // KEY_TILE
-        shared_tiles = tl.where(shared_tiles * num_short >= _LEAST_SHARED, shared_tiles, 0)
+        shared_tiles = tl.where(shared_tiles * num_short >= least_shared, shared_tiles, 0)
         row_tiles = (num_short * GROUP + _SHARED_ROWS - 1) // _SHARED_ROWS
         splits = tl.maximum(1, tl.minimum(shared_tiles, shared_programs // tl.maximum(row_tiles * kv_heads, 1)))
         tl.store(programs + 5, splits)
@@ -125,7 +133,10 @@ def plan_kernel(
     tl.store(entry + 6, tiles, mask=is_short)
 
     all_work = tl.sum(tiles, 0) * kv_heads
-    per_program = tl.maximum((all_work + num_programs - 1) // num_programs, least_tiles)
+    # A few partial results a span cost less than the keys they let be read at once; many cost more.
+    few_parts = (tl.max(tiles, 0) + MOST_PARTS - 1) // MOST_PARTS
+    per_program = tl.maximum((all_work + num_programs - 1) // num_programs, tl.minimum(few_parts, least_tiles))
+    per_program = tl.maximum(per_program, 1)
     tl.store(programs + 0, per_program)
     tl.store(programs + 1, all_work)
     tl.store(programs + 2, num_short)
@@ -193,6 +204,7 @@ def make_plan(
     least_tiles: int,
     block_size: int,
     share: bool,
+    least_shared: int,
 ) -> None:
     """Write ``buffers`` for the spans of ``inputs``; with ``share``, keys that all short spans share are set apart."""
     # Two sizes alone, so that few variants are compiled.
@@ -214,6 +226,7 @@ def make_plan(
         least_tiles,
         inputs.block_tables.stride(0),
         buffers.shared_programs,
+        least_shared,
         GROUP=group,
         KEY_TILE=key_tile,
         QUERY_TILE=query_tile,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, QkNorm, RotarySpec, StepInputs
+from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def rotate_and_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS_EACH: tl.constexpr,
     QK_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH)
@@ -39,6 +41,8 @@ def rotate_and_store_kernel(
     partner = tl.where(dim < half, dim + half, tl.where(dim < ROTARY, dim - half, dim))
     mask = (head < all_heads)[:, None] & (dim < HEAD_DIM)[None, :]
 
+    await_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     position = tl.load(positions + token).to(tl.int64)
     slot = tl.load(slots + token)
     base = qkv + token * all_heads * HEAD_DIM + head[:, None] * HEAD_DIM
@@ -96,6 +100,8 @@ def rotate_and_store(
     qk_norm: QkNorm | None,
     inputs: StepInputs,
     heads_each: int,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """Queries [tokens, heads, head_dim]; keys and values go to ``inputs.slots``."""
     tokens = qkv.shape[0]
@@ -121,6 +127,8 @@ def rotate_and_store(
         BLOCK_SIZE=keys.shape[2],
         HEADS_EACH=heads_each,
         QK_NORM=qk_norm is not None,
+        OVERLAP=overlap,
         num_warps=4,
+        **overlapping(overlap),
     )
     return query

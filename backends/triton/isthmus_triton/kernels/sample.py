@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from isthmus_triton.kernels.adjust import float_parameter, is_bad, parameter
+from isthmus_triton.kernels.adjust import float_parameter, parameter
 from isthmus_triton.kernels.noise import gumbel, row_key
 from isthmus_triton.row_parameters import LOG_MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P
 
@@ -43,6 +43,7 @@ def slices_kernel(
     sample_tokens,
     positions,
     vocab,
+    SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -51,33 +52,53 @@ def slices_kernel(
     piece = tl.program_id(1)
     row = tl.load(sample_rows + sample).to(tl.int64)
     temperature = float_parameter(row_parameters, row, _TEMPERATURE)
-    token = piece * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(logits + sample.to(tl.int64) * vocab + token, mask=token < vocab, other=float("-inf"))
-    bad = is_bad(values)
+    x = logits + sample.to(tl.int64) * vocab
+    first = piece * SLICE
     at = sample.to(tl.int64) * tl.num_programs(1) + piece
+    lane = tl.arange(0, BLOCK)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    tops = tl.full((BLOCK,), float("-inf"), tl.float32)
+    scores = tl.full((BLOCK,), float("-inf"), tl.float32)
+    scaled = tl.full((BLOCK,), float("-inf"), tl.float32)
+    ids = tl.zeros((BLOCK,), tl.int32) + 0x7FFFFFFF
     if temperature == 0.0:
-        best = tl.max(values, 0)
-        best_id = lowest_at(values, best, token)
-        best_x = best
-        top = best
+        for begin in tl.static_range(0, SLICE, BLOCK):
+            token = first + begin + lane
+            values = tl.load(x + token, mask=token < vocab, other=float("-inf"))
+            bad = bad | (values != values).to(tl.int32)
+            better = values > scores
+            ids = tl.where(better, token, ids)
+            scores = tl.maximum(scores, values)
+        tops = scores
+        scaled = scores
     else:
         position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
         key = row_key(parameter(row_parameters, row, _SEED), position)
-        values = values / temperature
-        top = tl.max(values, 0)
-        score = values + gumbel(key, token)
-        best = tl.max(score, 0)
-        best_id = lowest_at(score, best, token)
-        best_x = tl.max(tl.where(token == best_id, values, float("-inf")), 0)
-        if parameter(row_parameters, row, _TOP_K) > 0:
-            groups: tl.constexpr = BLOCK // GROUP
-            tops = tl.max(tl.reshape(values, (groups, GROUP)), 1)
-            tl.store(group_tops + at * groups + tl.arange(0, groups), tops)
+        wants_groups = parameter(row_parameters, row, _TOP_K) > 0
+        for begin in tl.static_range(0, SLICE, BLOCK):
+            token = first + begin + lane
+            values = tl.load(x + token, mask=token < vocab, other=float("-inf")) / temperature
+            bad = bad | (values != values).to(tl.int32)
+            tops = tl.maximum(tops, values)
+            score = values + gumbel(key, token)
+            better = score > scores
+            ids = tl.where(better, token, ids)
+            scaled = tl.where(better, values, scaled)
+            scores = tl.maximum(scores, score)
+            if wants_groups:
+                groups: tl.constexpr = BLOCK // GROUP
+                group = at * (SLICE // GROUP) + begin // GROUP + tl.arange(0, groups)
+                tl.store(group_tops + group, tl.max(tl.reshape(values, (groups, GROUP)), 1))
+    best = tl.max(scores, 0)
+    best_id = lowest_at(scores, best, ids)
+    best_x = tl.max(tl.where(ids == best_id, scaled, float("-inf")), 0)
+    top = tl.max(tops, 0)
+    is_wrong = tl.max(bad, 0) != 0
     if piece == 0:
         tl.store(collected + sample, 0)
     tl.store(slices + at * 4, best)
     tl.store(slices + at * 4 + 1, best_x)
-    tl.store(slices + at * 4 + 2, tl.where(bad != 0, float("inf"), top))
+    tl.store(slices + at * 4 + 2, tl.where(is_wrong, float("inf"), top))
     # A slice of nothing but what may not be sampled has no best token.
     tl.store(slice_ids + at, tl.minimum(best_id, vocab - 1))
 
@@ -108,6 +129,7 @@ def check_kernel(
     vocab,
     num_slices,
     SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The masses that tell whether ``top_p`` keeps a row's best token; only for rows that ask for it alone."""
@@ -119,13 +141,18 @@ def check_kernel(
     if (temperature != 0.0) & (top_p < 1.0) & (parameter(row_parameters, row, _TOP_K) == 0):
         _, candidate, top = row_candidate(slices, slice_ids, sample, num_slices, SLICES)
         floor = top + float_parameter(row_parameters, row, _LOG_MIN_P)
-        token = piece * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(logits + sample.to(tl.int64) * vocab + token, mask=token < vocab, other=float("-inf"))
-        values = values / temperature
-        mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
+        kept = tl.zeros((BLOCK,), tl.float32)
+        above = tl.zeros((BLOCK,), tl.float32)
+        for begin in tl.static_range(0, SLICE, BLOCK):
+            token = piece * SLICE + begin + tl.arange(0, BLOCK)
+            values = tl.load(logits + sample.to(tl.int64) * vocab + token, mask=token < vocab, other=float("-inf"))
+            values = values / temperature
+            mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
+            kept += mass
+            above += tl.where(values > candidate, mass, 0.0)
         at = sample.to(tl.int64) * num_slices + piece
-        tl.store(slice_masses + at * 2, tl.sum(mass, 0))
-        tl.store(slice_masses + at * 2 + 1, tl.sum(tl.where(values > candidate, mass, 0.0), 0))
+        tl.store(slice_masses + at * 2, tl.sum(kept, 0))
+        tl.store(slice_masses + at * 2 + 1, tl.sum(above, 0))
 
 
 @triton.jit
@@ -156,7 +183,7 @@ def kth_largest(values, k):
 
 @triton.jit
 def kth_largest_swept(x, temperature, vocab, k, BLOCK: tl.constexpr):
-    """The ``k``-th largest of ``x / temperature``, bit by bit, a sweep each: where too many tokens may be among the k."""
+    """The ``k``-th largest of ``x / temperature``, a sweep a bit: where too many tokens may be among the k."""
     lane = tl.arange(0, BLOCK)
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
