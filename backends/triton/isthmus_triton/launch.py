@@ -154,7 +154,7 @@ TABLES: Final[dict[str, LaunchTable]] = {
             (1024, DecodeLaunch(key_tile=16, stages=2, warps=4, programs_per_unit=2, least_tiles=4)),
         ),
         prefill=(
-            (256, PrefillLaunch(query_tile=128, key_tile=64, stages=2, warps=4)),
+            (256, PrefillLaunch(query_tile=128, key_tile=64, stages=3, warps=8)),
             (512, PrefillLaunch(query_tile=64, key_tile=32, stages=2, warps=4)),
             (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
         ),
