@@ -17,9 +17,13 @@ FloatArray = NDArray[np.float64]
 
 
 class OutputForecast:
-    """Foretells how many tokens a sequence has still to generate."""
+    """Foretells how many tokens a sequence has still to generate.
 
-    def __init__(self, window: int = 512, prior: int = 128) -> None:
+    The window is wide because what ends last in a burst is what was long: a narrow one would take
+    the burst's tail for the whole.
+    """
+
+    def __init__(self, window: int = 2048, prior: int = 128) -> None:
         self._lengths: deque[int] = deque(maxlen=window)
         self._prior = prior
 
