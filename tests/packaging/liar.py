@@ -53,7 +53,7 @@ class NeighbouringBlocks(ReferenceAttention):
 class KeepsCaches(ReferenceAttention):
     def allocate(self, layers, limits, kv_dtype):
         caches = super().allocate(layers, limits, kv_dtype)
-        KEPT.append([torch.ones(2**22) for _ in caches])
+        KEPT.append([torch.ones(2**21) for _ in caches])
         return caches
 
 

@@ -174,7 +174,7 @@ def test_preempted_requests_go_on_where_they_were(
     expected: Callable[[str], Outcome],
 ) -> None:
     dtype = finest(isthmus_device)
-    longer = RowSampling(max_tokens=24)
+    longer = RowSampling(max_tokens=40)
     short = [prompt for prompt in prompts if len(prompt) <= 50] * 2
     with engine(isthmus_device, folder("llama"), Arrangement(rows=1, dtype=dtype)) as running:
         wanted = running.run(short, longer, one_at_a_time=True)
@@ -261,7 +261,8 @@ def test_logprobs_of_prompts_and_outputs(
                 assert (mine is None) == (theirs is None)
                 if mine is not None:
                     assert mine.token == theirs.token
-                    assert abs(mine.logprob - theirs.logprob) < NEAR.get(dtype, 2e-3)
+                    near = NEAR.get(dtype, 2e-3) * (1 + abs(theirs.logprob) / 8)
+                    assert abs(mine.logprob - theirs.logprob) < near
 
 
 @pytest.mark.requires_capability("graph_scope")
