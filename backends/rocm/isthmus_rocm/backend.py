@@ -22,7 +22,7 @@ from isthmus_triton.sampling import TritonSampling
 CAPABILITIES: Final = Capabilities(
     dtypes=("bfloat16", "float16"),
     kv_dtypes=("bfloat16", "float16"),
-    block_sizes=(64, 16, 32, 128),
+    block_sizes=(16, 32, 64, 128),
     graph_scope=GraphScope.STEP,
     max_steps_in_flight=2,
     sliding_window=True,
