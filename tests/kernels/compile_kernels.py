@@ -63,7 +63,8 @@ def attention_cases(arch: str) -> Iterator[Case]:
                 decode_attention.decode_kernel,
                 f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} block_tables:*i32 programs:*i32 "
                 "short_spans:*i32 partial_out:*fp32 partial_max:*fp32 partial_sum:*fp32 arrivals:*i32 "
-                "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
+                "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 "
+                "window:i32 scale:fp32 softcap:fp32",
                 {
                     **shape,
                     **switches,

@@ -144,7 +144,7 @@ TABLES: Final[dict[str, LaunchTable]] = {
             (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
         ),
     ),
-    # benchmarks/gpu_kernels.py on an H100 80GB HBM3, benchmarks/results/h100_kernels.json.
+    # benchmarks/gpu_kernels.py on an H100 80GB HBM3, benchmarks/results/h100_kernels_sweep.json.
     "sm_90": LaunchTable(
         choose_warps=32,
         overlap=True,

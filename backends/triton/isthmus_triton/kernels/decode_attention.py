@@ -185,7 +185,7 @@ def decode_kernel(
         acc = tl.zeros((ROWS, DIM), tl.float32)
         top = tl.full((ROWS,), LOWEST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        if SHARED:
+        if SHARED:  # noqa: SIM102 (a constant of the compilation, and a number of the step)
             # Whoever takes a span's first own tile begins from what the shared keys gave.
             if (shared_tiles > 0) & (tile_in == 0):
                 shared_row = short * GROUP + row

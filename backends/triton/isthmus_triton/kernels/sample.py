@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from isthmus_triton.kernels.adjust import float_parameter, parameter
+from isthmus_triton.kernels.adjust import float_parameter, is_bad, parameter
 from isthmus_triton.kernels.noise import gumbel, row_key
 from isthmus_triton.row_parameters import LOG_MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P
 
@@ -55,50 +55,51 @@ def slices_kernel(
     x = logits + sample.to(tl.int64) * vocab
     first = piece * SLICE
     at = sample.to(tl.int64) * tl.num_programs(1) + piece
+    end = tl.minimum(first + SLICE, vocab)
     lane = tl.arange(0, BLOCK)
-    bad = tl.zeros((BLOCK,), tl.int32)
-    tops = tl.full((BLOCK,), float("-inf"), tl.float32)
-    scores = tl.full((BLOCK,), float("-inf"), tl.float32)
-    scaled = tl.full((BLOCK,), float("-inf"), tl.float32)
-    ids = tl.zeros((BLOCK,), tl.int32) + 0x7FFFFFFF
+    # One number each, not one a lane: what registers are saved let more loads be under way.
+    top = tl.full((), float("-inf"), tl.float32)
+    best = tl.full((), float("-inf"), tl.float32)
+    best_x = tl.full((), float("-inf"), tl.float32)
+    best_id = tl.full((), 0, tl.int32) + first
+    bad = tl.full((), 0, tl.int32)
     if temperature == 0.0:
-        for begin in tl.static_range(0, SLICE, BLOCK):
-            token = first + begin + lane
-            values = tl.load(x + token, mask=token < vocab, other=float("-inf"))
-            bad = bad | (values != values).to(tl.int32)
-            better = values > scores
-            ids = tl.where(better, token, ids)
-            scores = tl.maximum(scores, values)
-        tops = scores
-        scaled = scores
+        for begin in range(first, end, BLOCK):
+            token = begin + lane
+            values = tl.load(x + token, mask=token < end, other=float("-inf"))
+            bad = tl.maximum(bad, is_bad(values))
+            here = tl.max(values, 0)
+            here_id = lowest_at(values, here, token)
+            best_id = tl.where(here > best, here_id, best_id)
+            best = tl.maximum(best, here)
+        top = best
+        best_x = best
     else:
         position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
         key = row_key(parameter(row_parameters, row, _SEED), position)
         wants_groups = parameter(row_parameters, row, _TOP_K) > 0
-        for begin in tl.static_range(0, SLICE, BLOCK):
-            token = first + begin + lane
-            values = tl.load(x + token, mask=token < vocab, other=float("-inf")) / temperature
-            bad = bad | (values != values).to(tl.int32)
-            tops = tl.maximum(tops, values)
+        for begin in range(first, first + SLICE, BLOCK):
+            token = begin + lane
+            values = tl.load(x + token, mask=token < end, other=float("-inf")) / temperature
+            bad = tl.maximum(bad, is_bad(values))
+            top = tl.maximum(top, tl.max(values, 0))
             score = values + gumbel(key, token)
-            better = score > scores
-            ids = tl.where(better, token, ids)
-            scaled = tl.where(better, values, scaled)
-            scores = tl.maximum(scores, score)
+            here = tl.max(score, 0)
+            here_id = lowest_at(score, here, token)
+            here_x = tl.max(tl.where(token == here_id, values, float("-inf")), 0)
+            better = here > best
+            best_id = tl.where(better, here_id, best_id)
+            best_x = tl.where(better, here_x, best_x)
+            best = tl.maximum(best, here)
             if wants_groups:
                 groups: tl.constexpr = BLOCK // GROUP
-                group = at * (SLICE // GROUP) + begin // GROUP + tl.arange(0, groups)
+                group = at * (SLICE // GROUP) + (begin - first) // GROUP + tl.arange(0, groups)
                 tl.store(group_tops + group, tl.max(tl.reshape(values, (groups, GROUP)), 1))
-    best = tl.max(scores, 0)
-    best_id = lowest_at(scores, best, ids)
-    best_x = tl.max(tl.where(ids == best_id, scaled, float("-inf")), 0)
-    top = tl.max(tops, 0)
-    is_wrong = tl.max(bad, 0) != 0
     if piece == 0:
         tl.store(collected + sample, 0)
     tl.store(slices + at * 4, best)
     tl.store(slices + at * 4 + 1, best_x)
-    tl.store(slices + at * 4 + 2, tl.where(is_wrong, float("inf"), top))
+    tl.store(slices + at * 4 + 2, tl.where(bad != 0, float("inf"), top))
     # A slice of nothing but what may not be sampled has no best token.
     tl.store(slice_ids + at, tl.minimum(best_id, vocab - 1))
 
