@@ -13,7 +13,10 @@ from isthmus.hookspecs import hookimpl
 
 CONTRACT_VERSION = (1, 0)
 
-REASON = "this release has no backend for AWS Inferentia and Trainium yet; use --device cpu, or install a plugin that provides one"
+REASON = (
+    "this release has no backend for AWS Inferentia and Trainium yet; "
+    "use --device cpu, or install a plugin that provides one"
+)
 
 
 @hookimpl
