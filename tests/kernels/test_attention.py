@@ -190,8 +190,7 @@ def test_a_neighbour_changes_nothing(device: torch.device, arch: str) -> None:
     torch.testing.assert_close(out[1], expected[1], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shared_blocks", [0, 2, 5])
-@pytest.mark.parametrize("units", [1, 6, 40])
+@pytest.mark.parametrize(("shared_blocks", "units"), [(0, 6), (2, 40), (5, 1), (5, 6)])
 def test_keys_that_all_short_spans_share(device: torch.device, arch: str, shared_blocks: int, units: int) -> None:
     table = replace(launch_table(arch), share_spans=2, share_tiles=1)
     spans = [(96, 1), (97, 1), (80, 1), (250, 1), (130, 1), (85, 40)]

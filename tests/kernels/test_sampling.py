@@ -90,7 +90,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("scale", [0.02, 2.0, 12.0])
 def test_cuts_draw_the_references_tokens(device: torch.device, seed: int, scale: float) -> None:
     rows = [{**cut, "seed": seed * 1000 + index * 77 + 2**40} for index, cut in enumerate(CUTS)]
@@ -123,7 +123,7 @@ ADJUSTMENTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_adjustments(device: torch.device, temperature: float, seed: int) -> None:
     rows = [{**row, "temperature": temperature, "seed": seed} for row in ADJUSTMENTS]
     logits = logits_for(len(rows), seed)
@@ -177,7 +177,7 @@ def test_draws_are_fair(device: torch.device, interpreted: bool) -> None:
     logits = torch.full((8, VOCAB), -20.0)
     logits[:, 100:106] = probabilities.log()
     counts = torch.zeros(VOCAB)
-    rounds = 25 if interpreted else 500
+    rounds = 15 if interpreted else 500
     for draw in range(rounds):
         rows = [{"temperature": 1.0, "top_p": 0.93, "seed": draw * 8 + row} for row in range(8)]
         _, ours = Both(device, rows).sample(logits)
