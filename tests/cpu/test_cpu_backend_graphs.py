@@ -35,7 +35,7 @@ class Rig:
         self.pool = Pool(library, threads)
         self.runner = Runner(self.pool)
         self.ops = PanelOps(library, self.runner, threads)
-        self.inputs = PanelInputs()
+        self.inputs = PanelInputs(library)
         self.state = self.inputs.allocate(LIMITS)
         self.graphs = TapeGraphs(self.pool, self.runner, self.inputs, library.panel)
 

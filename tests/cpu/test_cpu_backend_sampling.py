@@ -16,6 +16,7 @@ from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs, ReferenceSampling
 from isthmus.sampling_params import RowSampling
 from isthmus_cpu.build import kernels_library
+from isthmus_cpu.inputs import PanelInputs
 from isthmus_cpu.library import Library, Pool
 from isthmus_cpu.runner import Runner
 from isthmus_cpu.sampling import PanelSampling
@@ -31,7 +32,7 @@ def compiled() -> Iterator[PanelSampling]:
     except BackendUnavailable as error:
         pytest.skip(str(error))
     pool = Pool(library, 2)
-    yield PanelSampling(Runner(pool))
+    yield PanelSampling(Runner(pool), PanelInputs(library))
     pool.close()
 
 
@@ -41,7 +42,7 @@ def sample(
     """And the history of each row, with the new token in it."""
     rows, vocab = logits.shape
     limits = Limits(max_rows=rows, max_tokens=rows * 8, max_model_len=40, block_size=16, num_blocks=2, vocab_size=vocab)
-    inputs_part = ReferenceInputs(CPU)
+    inputs_part = part._inputs if isinstance(part, PanelSampling) else ReferenceInputs(CPU)
     device, state = inputs_part.allocate(limits), part.allocate(limits)
     history = np.random.default_rng(0).integers(0, min(vocab, 30), size=(rows, 12)).astype(np.int32)
     lengths = np.array([3 + row % 9 for row in range(rows)], np.int32)

@@ -27,7 +27,6 @@ from isthmus.reference import (
     ReferenceCollectives,
     ReferenceGraphs,
     ReferenceInputs,
-    ReferenceMemory,
     ReferenceSampling,
 )
 from isthmus_cpu.attention import PanelAttention
@@ -35,6 +34,7 @@ from isthmus_cpu.build import kernels_library
 from isthmus_cpu.graphs import TapeGraphs
 from isthmus_cpu.inputs import PanelInputs
 from isthmus_cpu.library import Library, Pool
+from isthmus_cpu.memory import HostMemory
 from isthmus_cpu.ops import PanelOps
 from isthmus_cpu.options import CpuOptions, KernelUse
 from isthmus_cpu.plain import OneDnnOps, onednn_packs
@@ -91,7 +91,7 @@ class CpuBackend:
         self._inputs = inputs
         self._graphs = graphs
         self._on_close = on_close
-        self._memory = ReferenceMemory(_CPU, asynchronous=True)
+        self._memory = HostMemory()
         self._collectives = ReferenceCollectives()
 
     @property
@@ -188,7 +188,7 @@ def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) ->
     pool = Pool(library, options.threads)
     runner = Runner(pool)
     ops = PanelOps(library, runner, options.threads)
-    inputs = PanelInputs()
+    inputs = PanelInputs(library)
     kernels = f"compiled, {library.instructions}, {options.threads} threads"
 
     def close() -> None:
@@ -201,7 +201,7 @@ def _open_compiled(device: DeviceInfo, options: CpuOptions, library: Library) ->
         {"ops": kernels, "attention": kernels, "sampling": f"greedy {kernels}; else reference", "graphs": "tape"},
         ops=ops,
         attention=PanelAttention(runner, library.value_padding),
-        sampling=PanelSampling(runner),
+        sampling=PanelSampling(runner, inputs),
         inputs=inputs,
         graphs=TapeGraphs(pool, runner, inputs, library.panel),
         on_close=close,

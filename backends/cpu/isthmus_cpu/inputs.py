@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import ctypes
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -11,116 +12,135 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, StepInputs
 from isthmus.plan import StepPlan
-from isthmus_cpu.library import Counts, Rows
+from isthmus_cpu.library import Counts, Library, Rows
+
+KEPT_SHAPES: Final = 512
+"""Steps whose views are kept for the next one of the same size."""
 
 
-class _Buffer:
-    """One array, as numpy and as torch see it."""
+class Buffers(ctypes.Structure):
+    """As ``Buffers`` in inputs.cpp."""
 
-    def __init__(self, *shape: int, dtype: type = np.int32) -> None:
-        self.array: Final[NDArray[np.int32]] = np.zeros(shape, dtype)
-        self.tensor: Final[Tensor] = torch.from_numpy(self.array)
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "slots", "span_rows", "query_starts")),
+        *((name, ctypes.c_void_p) for name in ("context_lengths", "sample_tokens", "sample_rows", "token_rows")),
+        *((name, ctypes.c_void_p) for name in ("history", "tables")),
+        *((name, ctypes.c_int64) for name in ("history_width", "table_width", "block_size", "max_rows")),
+        *((name, ctypes.c_int64) for name in ("tokens", "spans", "samples", "longest_query", "longest_context")),
+    )
 
 
 class PanelInputs:
     """:class:`isthmus.contract.Inputs`.  ``counts`` is what a captured graph reads at each replay."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: Library) -> None:
+        self._calls = library.calls
         self.counts: Final = Counts()
 
     def allocate(self, limits: Limits) -> DeviceState:
         rows, tokens, spans = limits.max_rows + 1, limits.max_tokens, limits.max_rows
-        self._limits = limits
-        self._token_ids, self._positions = _Buffer(tokens), _Buffer(tokens)
-        self._slots = _Buffer(tokens, dtype=np.int64)
-        self._span_rows, self._context_lengths = _Buffer(spans), _Buffer(spans)
-        self._query_starts = _Buffer(spans + 1)
-        self._sample_tokens, self._sample_rows = _Buffer(spans), _Buffer(spans)
-        self._token_rows = np.zeros(tokens, np.int32)
-        self._history = _Buffer(rows, limits.max_model_len + 1)
-        self._block_tables = _Buffer(rows, limits.max_blocks_per_row)
-        self._num_prompt_tokens = _Buffer(rows)
-        self._num_tokens = self._num_spans = self._num_samples = 0
-        self._max_query_length = self._max_context_length = 0
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        self._of: dict[str, Tensor] = {
+            "token_ids": zeros(tokens),
+            "positions": zeros(tokens),
+            "slots": zeros(tokens, dtype=torch.int64),
+            "span_rows": zeros(spans),
+            "query_starts": zeros(spans + 1),
+            "context_lengths": zeros(spans),
+            "sample_tokens": zeros(spans),
+            "sample_rows": zeros(spans),
+            "token_rows": zeros(tokens),
+            "history": zeros(rows, limits.max_model_len + 1),
+            "tables": zeros(rows, limits.max_blocks_per_row),
+        }
+        self._num_prompt_tokens = zeros(rows)
+        self._history: NDArray[np.int32] = self._of["history"].numpy()
+        self._tables: NDArray[np.int32] = self._of["tables"].numpy()
+        self._buffers = Buffers(
+            **{name: tensor.data_ptr() for name, tensor in self._of.items()},
+            history_width=limits.max_model_len + 1,
+            table_width=limits.max_blocks_per_row,
+            block_size=limits.block_size,
+            max_rows=limits.max_rows,
+            # As if all had been filled: the first plan makes padding of what it does not use.
+            tokens=tokens,
+            spans=spans,
+            samples=spans,
+        )
+        self._shapes: dict[tuple[int, int, int], StepInputs] = {}
         return DeviceState(
-            tokens=self._history.tensor,
-            block_tables=self._block_tables.tensor,
-            num_prompt_tokens=self._num_prompt_tokens.tensor,
+            tokens=self._of["history"], block_tables=self._of["tables"], num_prompt_tokens=self._num_prompt_tokens
         )
 
     def row_counts(self) -> dict[int, Rows]:
         """Addresses of the inputs of variable length, and which count that length is."""
-        return {
-            self._token_ids.tensor.data_ptr(): Rows.TOKENS,
-            self._positions.tensor.data_ptr(): Rows.TOKENS,
-            self._sample_tokens.tensor.data_ptr(): Rows.SAMPLES,
-            self._sample_rows.tensor.data_ptr(): Rows.SAMPLES,
-            self._query_starts.tensor.data_ptr(): Rows.SPANS,
+        counts = {
+            "token_ids": Rows.TOKENS,
+            "positions": Rows.TOKENS,
+            "query_starts": Rows.SPANS,
+            "sample_tokens": Rows.SAMPLES,
+            "sample_rows": Rows.SAMPLES,
         }
+        return {self._of[name].data_ptr(): rows for name, rows in counts.items()}
 
     def upload(self, plan: StepPlan, device: DeviceState) -> None:
         for start in plan.starts:
-            self._history.array[start.row, : len(start.tokens)] = start.tokens
-            self._num_prompt_tokens.array[start.row] = start.num_prompt_tokens
-            self._block_tables.array[start.row] = 0
-        if len(plan.block_ids):
-            self._block_tables.array[plan.block_rows, plan.block_indices] = plan.block_ids
-        self._write_spans(plan)
-
-    def _write_spans(self, plan: StepPlan) -> None:
-        lengths, rows, size = plan.span_lengths, plan.span_rows, self._limits.block_size
-        spans, tokens = len(rows), int(lengths.sum())
-        contexts = plan.span_starts + lengths
-        ends = np.cumsum(lengths, dtype=np.int32)
-        if tokens == spans:  # every span is one token
-            token_rows, positions = rows, plan.span_starts
-        else:
-            token_rows = np.repeat(rows, lengths)
-            positions = np.arange(tokens, dtype=np.int32) + np.repeat(contexts - ends, lengths)
-        blocks = self._block_tables.array[token_rows, positions // size]
-        self._token_rows[:tokens] = token_rows
-        self._positions.array[:tokens] = positions
-        self._slots.array[:tokens] = blocks.astype(np.int64) * size + positions % size
-        self._span_rows.array[:spans] = rows
-        self._context_lengths.array[:spans] = contexts
-        self._query_starts.array[1 : spans + 1] = ends
-        samples = int(plan.span_samples.sum())
-        self._sample_tokens.array[:samples] = ends[plan.span_samples] - 1
-        self._sample_rows.array[:samples] = rows[plan.span_samples]
-        self._num_tokens, self._num_spans, self._num_samples = tokens, spans, samples
-        self._max_query_length = int(lengths.max(initial=0))
-        self._max_context_length = int(contexts.max(initial=0))
+            self._history[start.row, : len(start.tokens)] = start.tokens
+            self._num_prompt_tokens[start.row] = start.num_prompt_tokens
+            self._tables[start.row] = 0
+        self._calls.isthmus_prepare(
+            ctypes.byref(self._buffers),
+            len(plan.block_ids),
+            *(address(plan.block_rows), address(plan.block_indices), address(plan.block_ids)),
+            len(plan.span_rows),
+            *(address(plan.span_rows), address(plan.span_starts), address(plan.span_lengths)),
+            address(plan.span_samples, np.bool_),
+        )
 
     def build(self, device: DeviceState, num_tokens: int, num_spans: int, num_samples: int) -> StepInputs:
-        tokens, spans, samples = self._num_tokens, self._num_spans, self._num_samples
-        self._token_ids.array[:tokens] = self._history.array[self._token_rows[:tokens], self._positions.array[:tokens]]
-        if (num_tokens, num_spans, num_samples) != (tokens, spans, samples):
-            self._pad(num_tokens, num_spans, num_samples)
-        self.counts.tokens, self.counts.spans, self.counts.samples = tokens, spans, samples
+        """The object may be the one that an earlier call returned, brought up to date."""
+        buffers, counts = self._buffers, self.counts
+        self._calls.isthmus_read_tokens(ctypes.byref(buffers))
+        counts.tokens, counts.spans, counts.samples = buffers.tokens, buffers.spans, buffers.samples
+        shape = (num_tokens, num_spans, num_samples)
+        inputs = self._shapes.get(shape)
+        if inputs is None:
+            if len(self._shapes) >= KEPT_SHAPES:
+                self._shapes.clear()
+            inputs = self._shapes[shape] = self._views(*shape)
+        inputs.max_query_length = buffers.longest_query
+        inputs.max_context_length = buffers.longest_context
+        return inputs
+
+    def write_tokens(self, tokens: Tensor, device: DeviceState) -> None:
+        """Sampled tokens, int32 [samples], into the history, each after its span."""
+        assert device.tokens is self._of["history"]
+        self._calls.isthmus_write_tokens(ctypes.byref(self._buffers), len(tokens), tokens.data_ptr())
+
+    def _views(self, num_tokens: int, num_spans: int, num_samples: int) -> StepInputs:
+        of = self._of
         return StepInputs(
-            token_ids=self._token_ids.tensor[:num_tokens],
-            positions=self._positions.tensor[:num_tokens],
-            slots=self._slots.tensor[:num_tokens],
-            span_rows=self._span_rows.tensor[:num_spans],
-            query_starts=self._query_starts.tensor[: num_spans + 1],
-            context_lengths=self._context_lengths.tensor[:num_spans],
-            block_tables=device.block_tables,
-            sample_tokens=self._sample_tokens.tensor[:num_samples],
-            sample_rows=self._sample_rows.tensor[:num_samples],
+            token_ids=of["token_ids"][:num_tokens],
+            positions=of["positions"][:num_tokens],
+            slots=of["slots"][:num_tokens],
+            span_rows=of["span_rows"][:num_spans],
+            query_starts=of["query_starts"][: num_spans + 1],
+            context_lengths=of["context_lengths"][:num_spans],
+            block_tables=of["tables"],
+            sample_tokens=of["sample_tokens"][:num_samples],
+            sample_rows=of["sample_rows"][:num_samples],
             num_tokens=num_tokens,
             num_spans=num_spans,
             num_samples=num_samples,
-            max_query_length=self._max_query_length,
-            max_context_length=self._max_context_length,
+            max_query_length=0,
+            max_context_length=0,
         )
 
-    def _pad(self, num_tokens: int, num_spans: int, num_samples: int) -> None:
-        """Tokens and samples of the padding row, spans of no length, slots of the spare block."""
-        tokens, spans, samples, padding = self._num_tokens, self._num_spans, self._num_samples, self._limits.max_rows
-        for buffer in (self._token_ids, self._positions, self._slots):
-            buffer.array[tokens:num_tokens] = 0
-        self._span_rows.array[spans:num_spans] = padding
-        self._context_lengths.array[spans:num_spans] = 0
-        self._query_starts.array[spans + 1 : num_spans + 1] = tokens
-        self._sample_tokens.array[samples:num_samples] = 0
-        self._sample_rows.array[samples:num_samples] = padding
+
+def address(array: NDArray[Any], dtype: Any = np.int32) -> int:
+    assert array.dtype == dtype and array.flags.c_contiguous
+    where: int = array.__array_interface__["data"][0]
+    return where

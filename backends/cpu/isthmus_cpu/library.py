@@ -97,6 +97,15 @@ class Library:
             *(ctypes.c_int64, ctypes.c_int64),
         )
         loaded.isthmus_pack.restype = None
+        loaded.isthmus_prepare.argtypes = (
+            *(ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 3),
+            *(ctypes.c_int64, *(ctypes.c_void_p,) * 4),
+        )
+        loaded.isthmus_prepare.restype = None
+        loaded.isthmus_read_tokens.argtypes = (ctypes.c_void_p,)
+        loaded.isthmus_read_tokens.restype = None
+        loaded.isthmus_write_tokens.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+        loaded.isthmus_write_tokens.restype = None
         loaded.isthmus_instructions.restype = ctypes.c_char_p
         assert loaded.isthmus_op_bytes() == ctypes.sizeof(Op), "library.py and op.h disagree"
         self.calls = loaded

@@ -12,6 +12,8 @@ from isthmus.plan import StepPlan
 from isthmus.reference.adjust import adjust
 from isthmus.reference.noise import row_keys
 from isthmus.reference.sampling_rows import SamplingState, StepRows
+from isthmus.sampling_params import RowSampling
+from isthmus_cpu.inputs import PanelInputs
 from isthmus_cpu.library import Kind
 from isthmus_cpu.runner import Runner
 
@@ -19,27 +21,29 @@ from isthmus_cpu.runner import Runner
 class PanelSampling:
     """:class:`isthmus.contract.Sampling`.  See :class:`isthmus.reference.ReferenceSampling` for what it does."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, inputs: PanelInputs) -> None:
         self._runner = runner
+        self._inputs = inputs
 
     def allocate(self, limits: Limits) -> SamplingState:
         self._tokens = torch.zeros(limits.max_rows, dtype=torch.int32)
         self._invalid = torch.zeros(limits.max_rows, dtype=torch.bool)
+        self._special = np.zeros(limits.max_rows, np.bool_)
         return SamplingState.neutral(limits)
 
     def apply(self, state: SamplingState, plan: StepPlan) -> None:
         state.apply(plan)
+        for start in plan.starts:
+            self._special[start.row] = is_special(start.sampling)
 
     def sample(
         self, logits: Tensor, inputs: StepInputs, device: DeviceState, state: SamplingState, num_logprobs: int
     ) -> Sampled:
         assert logits.is_contiguous()
-        rows = state.step(inputs.num_samples)
         tokens, invalid = self._tokens[: logits.shape[0]], self._invalid[: logits.shape[0]]
         raw = logits
-        if not rows.temperature.any() and rows.all_plain_greedy:
-            self._likeliest(logits, tokens, invalid)
-        else:
+        if self._special[state.rows].any():
+            rows = state.step(inputs.num_samples)
             if is_adjusted(rows):
                 raw = logits.clone() if num_logprobs >= 0 else logits
                 self._likeliest(logits, tokens, invalid)  # for the rows that are invalid before any mask
@@ -50,8 +54,9 @@ class PanelSampling:
                 tokens.masked_fill_(invalid, 0)
             else:
                 self._draw(logits, rows, tokens, invalid)
-        positions = inputs.positions.numpy()[inputs.sample_tokens.numpy()]
-        device.tokens.numpy()[inputs.sample_rows.numpy(), positions + np.int32(1)] = tokens.numpy()
+        else:
+            self._likeliest(logits, tokens, invalid)
+        self._inputs.write_tokens(tokens, device)
         if num_logprobs < 0:
             return Sampled(tokens=tokens, invalid=invalid)
         return self._with_logprobs(raw, tokens, invalid, num_logprobs)
@@ -94,6 +99,17 @@ class PanelSampling:
             top_ids=top_ids,
             top_logprobs=top_logprobs,
         )
+
+
+def is_special(sampling: RowSampling) -> bool:
+    """Whether a row may want another token than the likeliest of the model's own logits."""
+    return bool(
+        sampling.temperature != 0.0
+        or sampling.needs_history
+        or sampling.logit_bias
+        or sampling.allowed_token_ids
+        or sampling.min_tokens
+    )
 
 
 def is_adjusted(rows: StepRows) -> bool:
