@@ -14,7 +14,7 @@ import isthmus_cpu
 from isthmus.contract import GraphScope
 from isthmus.errors import BackendError, BackendUnavailable
 from isthmus.plugins import select_backend
-from isthmus_cpu import build
+from isthmus_cpu import build, machine
 from isthmus_cpu.machine import usable_cores
 from isthmus_cpu.options import CpuOptions, KernelUse
 
@@ -111,6 +111,19 @@ def test_a_library_of_other_sources_is_another(monkeypatch: pytest.MonkeyPatch, 
         (sources / "one.cpp").write_text(text)
         keys.add(build._key(os.environ["CXX"]))
     assert len(keys) == 2
+
+
+def test_threads_of_one_core_count_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "PROCESSORS", tmp_path)
+    monkeypatch.setattr(machine, "_quota", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2, 6, 7}, raising=False)
+    for processor, siblings in {0: "0,4", 1: "1,5", 2: "2,6", 6: "2,6"}.items():
+        folder = tmp_path / f"cpu{processor}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings + "\n")
+    assert usable_cores() == 4  # cpu 7 does not say, and counts alone
+    monkeypatch.setattr(machine, "_quota", lambda: 1.5)
+    assert usable_cores() == 2
 
 
 def test_the_contract_is_stated() -> None:

@@ -2,6 +2,12 @@
 
 Kernels are C++ built for this very processor at first use (or ahead, by ``python -m isthmus_cpu.build``);
 where there is no compiler, plain torch serves, more slowly.
+
+Options: ``kernels`` is auto, off (plain torch) or require (an error where kernels cannot be had);
+``threads`` is a number, by default the cores that this process may use.
+
+Weights are bfloat16 or float32.  A checkpoint in float16 is kept in bfloat16, which has its range but
+three bits less; ask for float32 to keep every bit.
 """
 
 from __future__ import annotations

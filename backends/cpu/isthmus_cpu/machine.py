@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 CPUINFO: Final = Path("/proc/cpuinfo")
+PROCESSORS: Final = Path("/sys/devices/system/cpu")
 
 
 def processor_name() -> str:
@@ -21,13 +22,25 @@ def processor_flags() -> frozenset[str]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, by affinity and by its control group's quota."""
+    """Cores this process may run on, by affinity and by its control group's quota.
+
+    Two threads of one core count once: they share its arithmetic, and would wait for each other.
+    """
     try:
-        cores = len(os.sched_getaffinity(0))
+        processors = os.sched_getaffinity(0)
     except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
+        return os.cpu_count() or 1
+    cores = len({_core_of(processor) for processor in processors})
     quota = _quota()
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
+
+
+def _core_of(processor: int) -> str:
+    """What names the core: the list of its threads."""
+    try:
+        return (PROCESSORS / f"cpu{processor}" / "topology" / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(processor)
 
 
 def memory_bytes() -> int:
