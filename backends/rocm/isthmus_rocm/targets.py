@@ -61,7 +61,7 @@ CDNA2: Final = LaunchTable(
     choose_warps=16,
     decode=(
         (256, _cdna_decode(64, 2, kpack=2)),
-        (512, _cdna_decode(32, 2, kpack=2)),
+        (512, _cdna_decode(32, 1, kpack=2)),
     ),
     prefill=(
         (256, _prefill(128, 64, 1, 8, waves_per_eu=2, matrix_instr_nonkdim=16)),
@@ -73,7 +73,7 @@ CDNA4: Final = LaunchTable(
     choose_warps=16,
     decode=(
         (256, _cdna_decode(64, 3)),
-        (512, _cdna_decode(32, 2)),
+        (512, _cdna_decode(32, 1)),
     ),
     prefill=(
         (256, _prefill(128, 64, 2, 8, waves_per_eu=2, matrix_instr_nonkdim=16)),
