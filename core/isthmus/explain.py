@@ -240,12 +240,12 @@ class _Look:
 
     def _cache(self) -> tuple[int, int, tuple[str, ...], str]:
         """Blocks, the longest sequence, notes, and why it does not fit."""
-        from isthmus.executor.sizing import device_budget, size_cache, unified_budget
+        from isthmus.executor.sizing import device_budget, enough_blocks, size_cache, unified_budget
 
         cache, memory = self.options.cache, self.backend.memory
         left = memory.available_bytes() - self._weights() - self._workspace(self.step.max_tokens) - self._graphs()
         if self.backend.capabilities.unified_memory:
-            enough = (self.step.max_rows * -(-self.max_model_len // self.block_size) + 1) * self.block_bytes
+            enough = enough_blocks(self.step.max_rows, self.max_model_len, self.block_size) * self.block_bytes
             budget = unified_budget(cache, max(left, 0), enough)
         else:
             budget = device_budget(cache, memory.total_bytes(), left)

@@ -16,7 +16,7 @@ from isthmus.errors import IsthmusError, OutOfMemory, Unsupported
 from isthmus.executor import Executor, ExecutorReport, build_executor
 from isthmus.executor.dummy import largest_plan
 from isthmus.executor.shapes import decode_sizes
-from isthmus.executor.sizing import device_budget, size_cache, unified_budget
+from isthmus.executor.sizing import device_budget, enough_blocks, size_cache, unified_budget
 from isthmus.executor.split import split
 from isthmus.model.source import ModelSource
 from isthmus.model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
@@ -174,7 +174,7 @@ def test_the_largest_step_is_measured_before_the_cache_is_sized() -> None:
 
 def test_unified_memory_is_shared_with_the_machine() -> None:
     executor, _ = build(memory=SmallMemory(2**30, 2**22), unified_memory=True, default_max_rows=4)
-    assert executor.limits.num_blocks == 1 + 4 * 63  # enough for every row at its longest
+    assert executor.limits.num_blocks == 1 + 2 * 63  # two sequences of full length; 4 rows of 256 are fewer
     scarce, _ = build(memory=SmallMemory(2**30, 2**19), unified_memory=True)
     assert scarce.limits.num_blocks == 2**19 // 4 // (16 * TOKEN_BYTES)
     asked, _ = build(memory=SmallMemory(2**30, 2**19), unified_memory=True, cache={"memory_bytes": 2**21})
@@ -188,6 +188,10 @@ def test_budgets() -> None:
     assert device_budget(CacheOptions(memory_bytes=800), 1000, 700) == 700
     assert unified_budget(CacheOptions(), 1000, 10**9) == 250
     assert unified_budget(CacheOptions(), 1000, 40) == 40
+    assert enough_blocks(max_rows=64, max_model_len=1000, block_size=16) == 1 + 64 * 16
+    assert enough_blocks(max_rows=64, max_model_len=100_000, block_size=16) == 1 + 2 * 6250
+    assert enough_blocks(max_rows=64, max_model_len=100, block_size=16) == 1 + 64 * 7
+    assert enough_blocks(max_rows=1, max_model_len=100_000, block_size=16) == 1 + 6250
     huge = size_cache(CacheOptions(), 2**60, 16, 16, 1000, asked=True)
     assert (huge.num_blocks + 1) * 16 < 2**31
 

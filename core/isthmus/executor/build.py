@@ -31,6 +31,7 @@ from isthmus.executor.sizing import (
     choose_max_model_len,
     choose_step_limits,
     device_budget,
+    enough_blocks,
     size_cache,
     unified_budget,
 )
@@ -176,7 +177,7 @@ class _Build:
     def _size_cache(self) -> CacheSize:
         limits, cache, memory = self.limits, self.options.cache, self.backend.memory
         if self.backend.capabilities.unified_memory:
-            enough = (limits.max_rows * limits.max_blocks_per_row + 1) * self._block_bytes
+            enough = enough_blocks(limits.max_rows, limits.max_model_len, limits.block_size) * self._block_bytes
             budget = unified_budget(cache, memory.available_bytes(), enough)
         else:
             self._measure_largest_step()

@@ -19,6 +19,10 @@ SHORTEST_USEFUL: Final = 256
 """Tokens below which a length that nobody asked for is not lowered any further."""
 UNIFIED_SHARE: Final = 4
 """The cache takes at most one part in this many of a host's available memory, unless asked."""
+UNIFIED_TOKENS_PER_ROW: Final = 256
+UNIFIED_FULL_SEQUENCES: Final = 2
+"""Unless asked, a cache in the host's memory holds as many tokens as this many for each row, or this
+many sequences of full length, whichever is more: what is idle in it is memory that others lack."""
 
 
 def choose_dtype(asked: str, checkpoint: str, capabilities: Capabilities, backend: str) -> str:
@@ -125,6 +129,13 @@ def device_budget(options: CacheOptions, total_bytes: int, available_bytes: int)
     if options.memory_bytes is not None:
         return min(options.memory_bytes, available_bytes)
     return int(options.memory_fraction * total_bytes) - (total_bytes - available_bytes)
+
+
+def enough_blocks(max_rows: int, max_model_len: int, block_size: int) -> int:
+    """Blocks, the spare one included, that a cache in the host's memory has unless asked for others."""
+    longest = -(-max_model_len // block_size)
+    a_row = min(-(-UNIFIED_TOKENS_PER_ROW // block_size), longest)
+    return max(max_rows * a_row, min(UNIFIED_FULL_SEQUENCES, max_rows) * longest) + 1
 
 
 def unified_budget(options: CacheOptions, available_bytes: int, enough_bytes: int) -> int:
