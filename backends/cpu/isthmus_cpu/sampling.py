@@ -26,8 +26,12 @@ class PanelSampling:
         self._inputs = inputs
 
     def allocate(self, limits: Limits) -> SamplingState:
-        self._tokens = torch.zeros(limits.max_rows, dtype=torch.int32)
-        self._invalid = torch.zeros(limits.max_rows, dtype=torch.bool)
+        tokens = torch.zeros(limits.max_rows, dtype=torch.int32)
+        invalid = torch.zeros(limits.max_rows, dtype=torch.bool)
+        # Views of every length, since each step needs one of them.
+        self._results = [
+            Sampled(tokens=tokens[:count], invalid=invalid[:count]) for count in range(limits.max_rows + 1)
+        ]
         self._special = np.zeros(limits.max_rows, np.bool_)
         return SamplingState.neutral(limits)
 
@@ -40,8 +44,8 @@ class PanelSampling:
         self, logits: Tensor, inputs: StepInputs, device: DeviceState, state: SamplingState, num_logprobs: int
     ) -> Sampled:
         assert logits.is_contiguous()
-        tokens, invalid = self._tokens[: logits.shape[0]], self._invalid[: logits.shape[0]]
-        raw = logits
+        result = self._results[logits.shape[0]]
+        tokens, invalid, raw = result.tokens, result.invalid, logits
         if self._special[state.rows].any():
             rows = state.step(inputs.num_samples)
             if is_adjusted(rows):
@@ -58,7 +62,7 @@ class PanelSampling:
             self._likeliest(logits, tokens, invalid)
         self._inputs.write_tokens(tokens, device)
         if num_logprobs < 0:
-            return Sampled(tokens=tokens, invalid=invalid)
+            return result
         return self._with_logprobs(raw, tokens, invalid, num_logprobs)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:

@@ -20,7 +20,7 @@ static inline void relax() {
 #endif
 }
 
-constexpr std::chrono::microseconds kLinger{60};
+constexpr std::chrono::microseconds kLinger{300};
 
 struct Scratch {
   void* memory = nullptr;
@@ -77,7 +77,8 @@ struct Pool {
     }
   }
 
-  // The next run of a step often follows within microseconds, sooner than a sleeper would wake.
+  // The next run of a step often follows within microseconds, sooner than a sleeper would wake.  Meanwhile
+  // whoever else wants this core gets it.
   void linger(uint64_t seen) {
     const auto until = std::chrono::steady_clock::now() + kLinger;
     do {
@@ -85,6 +86,7 @@ struct Pool {
         if (generation.load(std::memory_order_acquire) != seen) return;
         relax();
       }
+      sched_yield();
     } while (std::chrono::steady_clock::now() < until);
   }
 
