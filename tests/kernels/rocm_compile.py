@@ -209,10 +209,10 @@ class Shape:
 QUICK_SHAPES = (
     Shape(),
     Shape(head_dim=64, heads=14, kv_heads=2, dtype="float16", block_size=16, qk_norm=True, window=512),
-    Shape(head_dim=256, heads=8, kv_heads=4, softcap=50.0),
 )
 SHAPES = (
     *QUICK_SHAPES,
+    Shape(head_dim=256, heads=8, kv_heads=4, softcap=50.0),
     Shape(dtype="float16"),
     *(Shape(block_size=size) for size in (16, 32, 128)),
     Shape(num_blocks=40_000),
