@@ -93,7 +93,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             self.scheduler.add(request)
         except QueueFull:
-            assert self.scheduler.num_waiting == self.limits.max_waiting
+            free_rows = self.limits.max_num_seqs - self.scheduler.num_running
+            assert self.scheduler.num_waiting == self.limits.max_waiting + free_rows
         except InvalidRequest:
             length = min(len(prompt) + max_tokens, self.limits.max_model_len)
             fits = self.blocks.blocks_for(length - 1) < self.blocks.pool.num_blocks
