@@ -46,7 +46,7 @@ def summarize(seen: Sequence[Seen], wall_s: float) -> dict[str, Any]:
         "requests": len(seen),
         "completed": len(good),
         "errors": dict(Counter(request.error for request in seen if request.error)),
-        "wall_s": round(wall_s, 3),
+        "wall_s": round(wall_s, 6),
         "request_per_s": round(len(good) / wall_s, 3),
         "output_tokens": output,
         "output_token_per_s": round(output / wall_s, 2),
