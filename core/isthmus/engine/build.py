@@ -33,8 +33,8 @@ def build_engine(options: EngineOptions, progress: bool = True) -> tuple[EngineC
     """
     _check(options)
     selection = select_backend(options.backend.device)
-    for reason in selection.passed_over:
-        logger.info("passed over: %s", reason)
+    if selection.passed_over:
+        logger.info("device auto passed over: %s", " | ".join(selection.passed_over))
     backend = selection.open(options.backend.options)
     try:
         running = _own_executor(backend, options) or _core_executor(cast(Backend, backend), options, progress)

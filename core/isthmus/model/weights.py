@@ -27,6 +27,9 @@ from isthmus.model.spec import LayerSpec, ModelSpec
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 RANDOM_SEED: Final = 0
 
+LOG_INTERVAL_S: Final = 10.0
+"""Between lines of progress where they go to a log."""
+
 
 def load_decoder(
     source: ModelSource,
@@ -56,7 +59,13 @@ def load_decoder(
         check(layout, weight_names, checkpoint.shapes, checkpoint.where, spec.tied_embeddings)
         total = sum(checkpoint.nbytes(part.name) for part in layout.parts())
         with tqdm(
-            total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress, file=sys.stderr
+            total=total,
+            desc="Loading weights",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else LOG_INTERVAL_S,
         ) as bar:
             return _load(spec, backend, CheckpointFiller(checkpoint, bar), dtype, layout, max_positions)
     finally:
