@@ -34,6 +34,7 @@ from isthmus.engine.messages import (
     EngineFailed,
     EngineStart,
     FinishReason,
+    Outputs,
     TokensOut,
     pack_tokens,
 )
@@ -297,6 +298,19 @@ async def test_a_failed_step_and_then_failures_in_a_row() -> None:
         with pytest.raises(EngineDead, match="the device failed 3 times in a row"):
             await collect(client, request(client))
         assert "3 times in a row" in await client.wait_dead()
+
+
+async def test_a_last_item_that_comes_with_the_engines_end_is_delivered() -> None:
+    async with engine(step_s=0.5) as client:
+        added = request(client)
+        reading = asyncio.ensure_future(collect(client, added))
+        await asyncio.sleep(0)  # sent, and waiting for its first item
+        last = TokensOut(request_id=added.request_id, finish_reason=FinishReason.ERROR, error="its step failed")
+        client._take(Outputs(items=(last,)))
+        client._take(EngineFailed(message="the device is gone", kind="EngineDead"))
+        assert await reading == [last]
+        with pytest.raises(EngineDead, match="the device is gone"):
+            await collect(client, request(client))
 
 
 async def test_refusals_have_their_class() -> None:

@@ -74,8 +74,7 @@ class _Stream:
                 waiter.set_result(None)
 
     def fail(self, failure: Exception) -> None:
-        """End the stream at once: what was not taken yet is dropped."""
-        self._items.clear()
+        """End the stream after what it holds: a last item that came together with the failure still counts."""
         self.failure = failure
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
