@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from isthmus.contract import AttentionSpec, DeviceState, Limits, QkNorm, RotarySpec, StepInputs
+from isthmus.contract import AttentionSpec, DeviceState, Limits, QkNorm, RotarySpec, StepInputs, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.sampling_params import RowSampling
 from isthmus_rocm.targets import TARGETS, Target
@@ -303,6 +303,11 @@ def layer_arithmetic(ahead: AheadOfTime, target: Target, dtypes: tuple[torch.dty
                 ops.take_rows(x, index)
 
 
+def on_cdna(target: Target) -> bool:
+    """Where a barrier awaits no stores."""
+    return target.wavefront == 64
+
+
 def products(ahead: AheadOfTime, target: Target) -> None:
     """The products of few rows, which no table of this backend asks for yet."""
     scratch = LinearScratch(META)
@@ -312,8 +317,12 @@ def products(ahead: AheadOfTime, target: Target) -> None:
         with ahead.case(f"few rows {str(dtype).removeprefix('torch.')}"):
             row = torch.empty(1, 4096, dtype=dtype, device=META)
             vector_linear(row, weight, None, VectorLinear(out_tile=8, in_tile=512, warps=4))
-            launch = SplitLinear(out_tile=64, in_tile=in_tile, splits=1, stages=2, warps=4)
-            split_linear(torch.empty(16, 4096, dtype=dtype, device=META), weight, None, launch, scratch)
+            for splits in (1, 2):
+                launch = SplitLinear(
+                    out_tile=64, in_tile=in_tile, splits=splits, stages=2, warps=4, await_stores=on_cdna(target)
+                )
+                for rows in (16, 64):
+                    split_linear(torch.empty(rows, 4096, dtype=dtype, device=META), weight, None, launch, scratch)
 
 
 def step_preparation(ahead: AheadOfTime) -> None:
@@ -340,7 +349,7 @@ def step_preparation(ahead: AheadOfTime) -> None:
         )
         with ahead.case(f"step preparation, block {block_size}"):
             inputs.upload(plan, state)
-            inputs.build(state, 64, 4, 4)
+            inputs.build(state, StepShape(tokens=64, spans=4, samples=4))
 
 
 def sampling(ahead: AheadOfTime, target: Target, vocabularies: tuple[int, ...]) -> None:

@@ -48,7 +48,10 @@ for bad in (
 ):
     table = LaunchTable(decode=((256, bad),), prefill=((256, prefill),))
     rocm_compile.attention(ahead, replace(target, launch=table), 304, rocm_compile.Shape(), ((16, 1),))
-print([result.problem for result in ahead.results if result.kernel == "decode_kernel"])
+rocm_compile.on_cdna = lambda target: False
+rocm_compile.products(ahead, target)
+handing_over = ("decode_kernel", "split_linear_kernel")
+print([result.problem for result in ahead.results if result.kernel in handing_over and not result.ok])
 """
 
 
@@ -57,7 +60,8 @@ def test_what_is_wrong_is_seen(tmp_path: Path) -> None:
     """Partial results handed over too early, registers spilled, shared memory exceeded."""
     done = run(tmp_path, "-c", BAD_TABLES)
     assert done.returncode == 0, done.stderr
-    early, spilled, large = ast.literal_eval(done.stdout.splitlines()[-1])
+    early, spilled, large, *products = ast.literal_eval(done.stdout.splitlines()[-1])
     assert early == "a barrier that does not await the stores handed over after it"
+    assert products == 4 * [early], "split products of two row counts in two dtypes"
     assert "registers spilled" in spilled
     assert "B of shared memory, of 65536" in large

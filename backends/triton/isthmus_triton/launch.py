@@ -54,6 +54,8 @@ class SplitLinear:
     splits: int
     stages: int
     warps: int
+    await_stores: bool = False
+    """As of :class:`DecodeLaunch`; matters where ``splits`` is more than 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +169,10 @@ TABLES: Final[dict[str, LaunchTable]] = {
             LinearRule(most_rows=16, most_out=4096, launch=_split(64, 256, 2, stages=3)),
         ),
     ),
-    "gfx942": FALLBACK,
 }
 
 
 def launch_table(arch: str) -> LaunchTable:
+    """Of an NVIDIA architecture such as ``sm_90``.  AMD's, whose barriers differ, are in ``isthmus_rocm.targets``."""
+    assert not arch.startswith("gfx"), f"{arch} has no table here"
     return TABLES.get(arch, FALLBACK)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus_triton.ahead import Launch
+from isthmus_triton.kernels.decode_attention import await_stores
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 from isthmus_triton.launch import SplitLinear, VectorLinear
 
@@ -76,6 +77,7 @@ def split_linear_kernel(
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    AWAIT_STORES: tl.constexpr = False,
     OVERLAP: tl.constexpr = False,
 ):
     tile = tl.program_id(0)
@@ -107,6 +109,8 @@ def split_linear_kernel(
         tiles = tl.num_programs(0)
         tl.store(partial + (split * tiles + tile).to(tl.int64) * size + place, acc)
         # Every thread's stores come before the counter's release.
+        if AWAIT_STORES:
+            await_stores(row)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
         if arrived == SPLITS - 1:
@@ -209,6 +213,7 @@ def split_launch(
         "STAGES": launch.stages,
         "HAS_BIAS": bias is not None,
         "PRECISION": "ieee",
+        "AWAIT_STORES": launch.await_stores,
         "OVERLAP": overlap,
         "num_warps": launch.warps,
         **overlapping(overlap),
