@@ -273,9 +273,6 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
 
 
 def spills(compiled: Any) -> int:
-    assembly = compiled.asm.get("amdgcn")
-    if assembly is not None:
-        return max((int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)), default=0)
     # ptxas declares local memory in the binary only where it spills or indexes an array.
     return sum(int(n) for n in re.findall(r"\.local .*\[(\d+)\]", compiled.asm["ptx"]))
 
