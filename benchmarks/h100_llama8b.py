@@ -10,6 +10,7 @@ copy bandwidth, products at the matrix library's measured rate, prefill attentio
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import logging
 import math
@@ -159,34 +160,30 @@ def run_workload(llm: Any, workload: Workload, index: int, runs: int) -> dict[st
 
 
 def profile(llm: Any, batch: int, context: int, folder: Path) -> dict[str, Any]:
-    """Kernels of some decode steps, and how much of the wall time the device was busy."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
+    """A trace of some decode steps: their kernels, and how much of the wall time the device was busy."""
+    from isthmus.trace import DEVICE_CATEGORIES, tracing
 
     rng = np.random.default_rng(99 + batch)
-    requests = [(tokens(rng, context), 24) for _ in range(batch)]
-    with record(activities=[ProfilerActivity.CUDA]) as trace:
-        generate(llm, requests)
-    events = [e for e in trace.events() if e.device_time_total > 0 or e.device_type.name == "CUDA"]
-    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+    path = folder / f"trace_{batch}.json.gz"
+    with tracing(llm, path) as trace:
+        generate(llm, [(tokens(rng, context), 24) for _ in range(batch)])
+    print(trace.text(), flush=True)
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    spans = sorted((e["ts"], e["dur"], e["name"]) for e in events if e.get("cat") in DEVICE_CATEGORIES)
     # The second half is decode alone.
-    middle = (spans[0][0] + spans[-1][1]) / 2
-    spans = [span for span in spans if span[0] >= middle]
-    busy, end = 0.0, spans[0][0]
+    middle = (spans[0][0] + spans[-1][0]) / 2
     totals: dict[str, list[float]] = {}
-    for start, stop, name in spans:
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-        totals.setdefault(name[:70], []).append(stop - start)
-    wall = end - spans[0][0]
+    for start, spent, name in spans:
+        if start >= middle:
+            totals.setdefault(name[:70], []).append(spent)
     top = sorted(((sum(v), len(v), k) for k, v in totals.items()), reverse=True)[:14]
-    if batch >= 32:
-        trace.export_chrome_trace(str(folder / f"trace_{batch}.json"))
     return {
         "batch": batch,
         "context": context,
-        "busy": round(busy / wall, 4),
-        "wall_us": round(wall),
+        "busy": trace.decode_busy,
+        "busy_with_prefill": trace.device_busy,
+        "wall_us": round(trace.wall_s * 1e6),
+        "host_s": trace.figures()["host_s"],
         "kernels": [{"name": k, "count": n, "us": round(s, 1), "each_us": round(s / n, 2)} for s, n, k in top],
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -52,6 +52,15 @@ SharedPrefix = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="The same seed makes the same requests.", rich_help_panel=_WORK)]
 OutputJson = Annotated[
     Path | None, typer.Option("--output-json", help="Write the result here too.", rich_help_panel=_WORK)
+]
+TracePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        help="Then run once more, recorded as a Chrome trace of host and device (.json or .json.gz).",
+        rich_help_panel=_WORK,
+    ),
 ]
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a hub name.")]
 Device = Annotated[str, typer.Option("--device", rich_help_panel=_ENGINE)]
@@ -157,6 +166,7 @@ def throughput(
     random_weights: RandomWeights = False,
     log_level: Level = LogLevel.WARNING,
     output_json: OutputJson = None,
+    trace: TracePath = None,
 ) -> None:
     from isthmus_server.load.offline import measure_throughput
     from isthmus_server.load.workload import Workload, make_requests
@@ -176,6 +186,7 @@ def throughput(
         measure_throughput(llm, make_requests(_warming(workload, 2)))
         figures = measure_throughput(llm, make_requests(workload))
         result = {"benchmark": "throughput", "model": model, **_where(), **_settled(llm), "workload": asdict(workload)}
+        figures |= _traced(llm, trace, workload)
     _write({**result, **figures}, output_json)
 
 
@@ -196,6 +207,7 @@ def latency(
     random_weights: RandomWeights = False,
     log_level: Level = LogLevel.WARNING,
     output_json: OutputJson = None,
+    trace: TracePath = None,
 ) -> None:
     from isthmus_server.load.offline import measure_latency
     from isthmus_server.load.workload import Workload, make_requests
@@ -213,6 +225,7 @@ def latency(
         measure_latency(llm, make_requests(_warming(workload, 2 * batch_size)), batch_size)
         figures = measure_latency(llm, make_requests(workload), batch_size)
         result = {"benchmark": "latency", "model": model, **_where(), **_settled(llm), "workload": asdict(workload)}
+        figures |= _traced(llm, trace, replace(workload, num_requests=batch_size))
     _write({**result, **figures}, output_json)
 
 
@@ -241,10 +254,24 @@ def _engine(
     )
 
 
+def _traced(llm: LLM, path: Path | None, workload: Workload) -> dict[str, Any]:
+    """Figures of one more run, recorded.  What was measured before is not slowed by the recording."""
+    if path is None:
+        return {}
+    from isthmus.trace import tracing
+    from isthmus_server.load.offline import measure_throughput
+    from isthmus_server.load.workload import make_requests
+
+    # Other tokens than before, so that no prompt is in the prefix cache.
+    requests = make_requests(replace(workload, seed=workload.seed + 2_000_003))
+    with tracing(llm, path) as trace:
+        measure_throughput(llm, requests)
+    typer.echo(trace.text(), err=True)
+    return {"trace": trace.figures()}
+
+
 def _warming(workload: Workload, num_requests: int) -> Workload:
     """A few requests of the same kind and other tokens, so that nothing measured is in the prefix cache."""
-    from dataclasses import replace
-
     return replace(workload, num_requests=num_requests, seed=workload.seed + 1_000_003)
 
 
