@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from isthmus.contract import AttentionSpec, Limits, RotarySpec, StepInputs
+from isthmus.contract import AttentionSpec, Limits, RotarySpec, StepInputs, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.sampling_params import RowSampling
 from isthmus_triton.attention import TritonAttention
@@ -161,7 +161,7 @@ class AttentionBench:
             ),
             state,
         )
-        self.inputs: StepInputs = inputs.build(state, batch * length, batch, batch)
+        self.inputs: StepInputs = inputs.build(state, StepShape(batch * length, batch, batch))
         self.plan = self.attention.plan(self.inputs)
         self.query = random(batch * length, LAYER.heads, LAYER.head_dim)
 
@@ -356,7 +356,7 @@ def sampling_cases(best: bool) -> Iterator[Case]:
                 )  # fmt: skip
                 inputs.upload(plan, state)
                 sampling.apply(rows, plan)
-                built = inputs.build(state, count, count, count)
+                built = inputs.build(state, StepShape(count, count, count))
                 copies = [random(count, VOCAB, dtype=torch.float32, scale=spread) for _ in range(2 if batch > 1 else 8)]
                 return Timed(
                     [lambda x=x: sampling.sample(x, built, state, rows, -1) for x in copies], bytes=4.0 * batch * VOCAB

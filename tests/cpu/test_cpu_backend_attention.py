@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
+from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs, StepShape
 from isthmus.errors import BackendUnavailable, Unsupported
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceAttention, ReferenceInputs
@@ -122,7 +122,7 @@ class Pair:
         )
         self.step += 1
         self.inputs.upload(plan, self.state)
-        return self.inputs.build(self.state, plan.num_tokens, plan.num_spans, plan.num_spans)
+        return self.inputs.build(self.state, StepShape(plan.num_tokens, plan.num_spans, plan.num_spans))
 
 
 def rotary_of(head_dim: int, rotary_dim: int | None = None) -> RotarySpec:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.contract import Limits, StepInputs
+from isthmus.contract import Limits, StepInputs, StepShape
 from isthmus.errors import BackendUnavailable, Unsupported
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs
@@ -58,7 +58,7 @@ class Rig:
     def prepare(self, lengths: list[int], seed: int = 0) -> StepInputs:
         plan = plan_of(lengths, seed)
         self.inputs.upload(plan, self.state)
-        return self.inputs.build(self.state, plan.num_tokens, plan.num_spans, plan.num_spans)
+        return self.inputs.build(self.state, StepShape(plan.num_tokens, plan.num_spans, plan.num_spans))
 
     def close(self) -> None:
         self.ops.close()
@@ -100,19 +100,17 @@ def plan_of(lengths: list[int], seed: int = 0, starts: bool = True) -> StepPlan:
 
 def test_one_capture_serves_every_size(rig: Rig) -> None:
     inputs = rig.prepare([30, 30, 29, 1])
-    tape, output = rig.graphs.capture(lambda: rig.step(inputs), TOKENS)
-    tape.replay(inputs.num_tokens)
-    assert torch.equal(output, rig.step(inputs))
+    tape = rig.graphs.capture(lambda: rig.step(inputs), TOKENS)
+    assert torch.equal(tape.replay(inputs.num_tokens), rig.step(inputs))
     for seed, lengths in enumerate(([1], [1, 1, 1], [7, 1], [64, 2, 3, 1], [90])):
         fresh = rig.prepare(list(lengths), seed)
         eager = rig.step(fresh)
-        tape.replay(fresh.num_tokens)
-        assert torch.equal(output[: len(lengths)], eager)
+        assert torch.equal(tape.replay(fresh.num_tokens)[: len(lengths)], eager)
 
 
 def test_gates_are_done_by_the_linear_before_them(rig: Rig) -> None:
     inputs = rig.prepare([TOKENS])
-    tape, _ = rig.graphs.capture(lambda: rig.step(inputs), TOKENS)
+    tape = rig.graphs.capture(lambda: rig.step(inputs), TOKENS)
     assert isinstance(tape, Tape)
     assert len(tape) == 2 + 3 * 3 + 2
 
@@ -124,9 +122,8 @@ def test_a_gates_input_that_is_returned_is_still_written(rig: Rig) -> None:
         gate_up = rig.ops.linear(rig.ops.embed(inputs.token_ids, rig.table, 1.0), rig.gate_up)
         return gate_up, rig.ops.gated_activation(gate_up, "gelu_tanh")
 
-    tape, outputs = rig.graphs.capture(step, 9)
-    tape.replay(9)
-    for captured, eager in zip(outputs, step(), strict=True):
+    tape = rig.graphs.capture(step, 9)
+    for captured, eager in zip(tape.replay(9), step(), strict=True):
         assert torch.equal(captured, eager)
 
 
@@ -186,7 +183,7 @@ def test_inputs_are_the_references(rig: Rig, padding: int) -> None:
         for part, state in zip((rig.inputs, reference), states, strict=True):
             part.upload(plan, state)
             sizes = (plan.num_tokens + padding, min(plan.num_spans + padding, 4), int(plan.span_samples.sum()))
-            built.append(part.build(state, *sizes))
+            built.append(part.build(state, StepShape(*sizes)))
         for name in StepInputs.__slots__:
             ours, theirs = (getattr(inputs, name) for inputs in built)
             assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs, name

@@ -269,17 +269,14 @@ def test_rows_are_used_again(alone: list[list[int]]) -> None:
 
 
 class RecordedGraph:
-    """Replays a closure into the buffers of its first output."""
+    """Replays a closure."""
 
-    def __init__(self, step: Callable[[], Any], output: Any) -> None:
-        self.step, self.output, self.replays = step, output, 0
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.step, self.replays = step, 0
 
-    def replay(self, num_tokens: int) -> None:
+    def replay(self, num_tokens: int) -> Any:
         self.replays += 1
-        old, new = self.output, self.step()
-        sampled = isinstance(old, Sampled)
-        for buffer, value in ((old.tokens, new.tokens), (old.invalid, new.invalid)) if sampled else ((old, new),):
-            buffer.copy_(value)
+        return self.step()
 
 
 class RecordingGraphs:
@@ -288,13 +285,13 @@ class RecordingGraphs:
         self.graphs: dict[int, RecordedGraph] = {}
         self.order: list[int] = []
 
-    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+    def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
         if self.refuse:
             raise Unsupported(self.refuse)
-        output = step()
-        self.graphs[num_tokens] = RecordedGraph(step, output)
+        step()
+        self.graphs[num_tokens] = RecordedGraph(step)
         self.order.append(num_tokens)
-        return self.graphs[num_tokens], output
+        return self.graphs[num_tokens]
 
 
 class GreedySampling:
@@ -374,7 +371,7 @@ def test_a_refused_capture_says_why_and_steps_run_eagerly(alone: list[list[int]]
 
 def test_capture_stops_where_memory_ends(alone: list[list[int]]) -> None:
     class Scarce(RecordingGraphs):
-        def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+        def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
             if num_tokens < 40:
                 raise torch.OutOfMemoryError("full")
             return super().capture(step, num_tokens)

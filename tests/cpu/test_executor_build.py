@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from isthmus.config import BackendOptions, CacheOptions, EngineOptions, ModelOptions, SchedulerOptions
-from isthmus.contract import AttentionSpec, GraphScope, Limits, ShapePolicy, SpanMix
+from isthmus.contract import AttentionSpec, Capabilities, GraphScope, Limits, ShapePolicy, SpanMix
 from isthmus.errors import IsthmusError, OutOfMemory, Unsupported
 from isthmus.executor import Executor, ExecutorReport, build_executor
 from isthmus.executor.dummy import largest_plan
@@ -105,7 +105,7 @@ def test_asked_for() -> None:
 
 def test_it_runs() -> None:
     executor, _ = build(scheduler={"max_num_seqs": 4})
-    result = executor.run(largest_plan(executor.limits, SpanMix.ANY))
+    result = executor.run(largest_plan(executor.limits, Capabilities()))
     assert result.tokens.shape == (4, 1) and not result.invalid.any()
 
 
@@ -201,7 +201,7 @@ def test_buckets_bound_the_limits() -> None:
         "shapes": ShapePolicy.BUCKETED,
         "token_buckets": (8, 64, 256),
         "span_buckets": (1, 8),
-        "span_mix": SpanMix.SAME_LENGTH,
+        "span_mix": SpanMix.SINGLES_APART,
     }
     executor, report = build(**buckets)
     assert (executor.limits.max_rows, executor.limits.max_tokens) == (8, 256)
@@ -223,13 +223,13 @@ def test_graphs_that_cannot_be_had_are_noted(graphs: bool) -> None:
 @pytest.mark.parametrize(("rows", "tokens", "length"), [(4, 100, 1000), (4, 100, 30), (64, 16, 50), (3, 9, 2)])
 def test_the_largest_plan_stays_within_its_limits(mix: SpanMix, rows: int, tokens: int, length: int) -> None:
     limits = Limits(max_rows=rows, max_tokens=tokens, max_model_len=length, block_size=16, num_blocks=2, vocab_size=9)
-    plan = largest_plan(limits, mix)
+    plan = largest_plan(limits, Capabilities(span_mix=mix, max_long_spans=2))
     assert plan.num_spans <= rows and plan.num_tokens <= tokens
     assert plan.span_lengths.min() >= 1 and plan.span_lengths.max() <= length
     if mix is SpanMix.ANY:
         assert plan.num_tokens == min(tokens, rows * length)
     else:
-        assert len(np.unique(plan.span_lengths)) == 1
+        assert plan.num_spans <= 2 and plan.num_tokens == min(tokens, 2 * length)
 
 
 def test_decode_sizes() -> None:

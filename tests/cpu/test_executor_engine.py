@@ -68,7 +68,12 @@ def run(prompts: list[list[int]], samplings: list[RowSampling], how: Arrangement
     capabilities = dataclasses.replace(REFERENCE_CAPABILITIES, max_steps_in_flight=how.in_flight, span_mix=how.span_mix)
     if how.bucketed:
         capabilities = dataclasses.replace(
-            capabilities, shapes=ShapePolicy.BUCKETED, token_buckets=(16, 64), span_buckets=(1, 4, 16)
+            capabilities,
+            shapes=ShapePolicy.BUCKETED,
+            token_buckets=(16, 64),
+            span_buckets=(1, 4, 16),
+            block_buckets=(2, 4),
+            max_long_spans=3,
         )
     backend = ReferenceBackend(capabilities=capabilities, asynchronous=how.in_flight > 1)
     source = ModelSource(name="tiny", path=Path("tiny"), kind="safetensors")
@@ -89,6 +94,7 @@ def run(prompts: list[list[int]], samplings: list[RowSampling], how: Arrangement
         max_model_len=MAX_LEN,
         steps_in_flight=how.in_flight,
         span_mix=how.span_mix,
+        max_long_spans=capabilities.max_long_spans,
     )
     blocks = BlockManager(how.num_blocks, SIZE, prefix_caching=how.prefix_caching, seed=b"test")
     core = EngineCore(Scheduler(scheduler_limits, blocks), executor)
@@ -158,7 +164,10 @@ ARRANGEMENTS = {
     "preempted and overlapped": Arrangement(num_blocks=40, rows=12, in_flight=2, tokens=48),
     "everything": Arrangement(num_blocks=40, rows=12, in_flight=2, tokens=24, prefix_caching=True),
     "buckets": Arrangement(bucketed=True, tokens=64, rows=16, in_flight=2),
-    "one length a step": Arrangement(span_mix=SpanMix.SAME_LENGTH, rows=16, tokens=64),
+    "singles apart": Arrangement(span_mix=SpanMix.SINGLES_APART, rows=16, tokens=64),
+    "singles apart, in buckets": Arrangement(
+        span_mix=SpanMix.SINGLES_APART, bucketed=True, rows=16, tokens=64, in_flight=2, prefix_caching=True
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.contract import Limits
+from isthmus.contract import Limits, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs
 from isthmus.sampling_params import RowSampling
@@ -56,7 +56,7 @@ def test_same_inputs_as_the_reference(device: torch.device, seed: int) -> None:
         ours.upload(plan, state)
         samples = int(plan.span_samples.sum())
         sizes = (plan.num_tokens + int(rng.integers(0, 9)), LIMITS.max_rows, min(samples + 2, LIMITS.max_rows))
-        expected, inputs = reference.build(expected_state, *sizes), ours.build(state, *sizes)
+        expected, inputs = reference.build(expected_state, StepShape(*sizes)), ours.build(state, StepShape(*sizes))
         for name in ("tokens", "block_tables", "num_prompt_tokens"):
             torch.testing.assert_close(getattr(state, name), getattr(expected_state, name))
         real = plan.num_tokens
@@ -86,4 +86,4 @@ def test_tokens_are_read_when_the_step_runs(device: torch.device) -> None:
     )
     ours.upload(plan, state)
     state.tokens[2, 2] = 99
-    assert ours.build(state, 1, 1, 1).token_ids.tolist() == [99]
+    assert ours.build(state, StepShape(1, 1, 1)).token_ids.tolist() == [99]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from isthmus.contract import Limits
+from isthmus.contract import Limits, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs, ReferenceSampling
 from isthmus.reference.noise import gumbel_noise, row_keys, token_keys
@@ -54,7 +54,7 @@ class Both:
         self.parameters = [sampler.allocate(LIMITS) for sampler in self.samplers]
         for sampler, parameters in zip(self.samplers, self.parameters, strict=True):
             sampler.apply(parameters, self.plan)
-        self.inputs = inputs.build(self.states[0], count + 2, count + 1, count + 1)
+        self.inputs = inputs.build(self.states[0], StepShape(count + 2, count + 1, count + 1))
         self.history = history
 
     def sample(self, logits: torch.Tensor, num_logprobs: int = -1) -> tuple[Any, Any]:

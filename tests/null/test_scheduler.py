@@ -367,11 +367,18 @@ def test_whoever_ran_after_a_failed_step_begins_again():
     assert bench.tokens(other) == bench.expected(other)
 
 
-def test_spans_of_one_length_where_the_device_mixes_none():
-    bench = Bench(span_mix=SpanMix.SAME_LENGTH, max_num_batched_tokens=16)
-    numbers = [bench.add(range(length), max_tokens=4) for length in (3, 9, 40, 9)]
+@pytest.mark.parametrize("most", [0, 2])
+def test_spans_of_one_token_apart_where_the_device_does_not_mix_them(most: int):
+    bench = Bench(span_mix=SpanMix.SINGLES_APART, max_long_spans=most, max_num_batched_tokens=16)
+    numbers = [
+        bench.add(range(place, place + length), max_tokens=4) for place, length in enumerate((3, 9, 40, 9, 1, 17))
+    ]
+    longest = 0
     while bench.scheduler.has_work:
-        assert len(set(bench.step().span_lengths.tolist())) == 1
+        lengths = bench.step().span_lengths
+        assert lengths.max() == 1 or lengths.min() > 1
+        longest = max(longest, int((lengths > 1).sum()))
+    assert longest == (most or 3)
     for number in numbers:
         assert bench.tokens(number) == bench.expected(number)
 

@@ -26,6 +26,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         depth=st.integers(1, 3),
         mix=st.sampled_from(SpanMix),
+        max_long=st.integers(0, 3),
         prefix_caching=st.booleans(),
         max_model_len=st.integers(8, 80),
         max_overtakes=st.integers(0, 3),
@@ -39,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget,
         depth,
         mix,
+        max_long,
         prefix_caching,
         max_model_len,
         max_overtakes,
@@ -53,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_deferrals=max_deferrals,
             steps_in_flight=depth,
             span_mix=mix,
+            max_long_spans=max_long,
         )
         self.blocks = BlockManager(num_blocks, block_size, prefix_caching, seed=b"test")
         self.scheduler = Scheduler(self.limits, self.blocks)
@@ -125,8 +128,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _check_plan(self, plan):
         assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens
         assert (plan.span_lengths >= 1).all()
-        if self.limits.span_mix is SpanMix.SAME_LENGTH:
-            assert len(set(plan.span_lengths.tolist())) == 1
+        if self.limits.span_mix is SpanMix.SINGLES_APART:
+            lengths = plan.span_lengths
+            assert lengths.max() == 1 or (lengths.min() > 1 and len(lengths) <= (self.limits.max_long_spans or 99))
 
     @rule(count=st.integers(1, 4))
     def collect(self, count):

@@ -125,9 +125,9 @@ class EarlyTokens(ReferenceInputs):
         super().upload(plan, device)
         self._early = device.tokens.clone()
 
-    def build(self, device, num_tokens, num_spans, num_samples):
+    def build(self, device, shape):
         early = dataclasses.replace(device, tokens=self._early)
-        return super().build(early, num_tokens, num_spans, num_samples)
+        return super().build(early, shape)
 
 
 class Views(ReferenceMemory):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from isthmus.contract import CapturedGraph
 from isthmus.errors import Unsupported
 from isthmus_cpu.arena import Life, place
 from isthmus_cpu.fusion import fuse
@@ -29,10 +28,11 @@ READS: Final = frozenset(
 WRITES: Final = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
 
 
-class Tape:
+class Tape(Generic[T]):
     """:class:`isthmus.contract.CapturedGraph`: operations whose numbers of rows are the current step's."""
 
-    def __init__(self, pool: Pool, ops: ctypes.Array[Op], inputs: PanelInputs, kept: list[Any]) -> None:
+    def __init__(self, pool: Pool, ops: ctypes.Array[Op], inputs: PanelInputs, kept: list[Any], output: T) -> None:
+        self._output = output
         self._pool = pool
         self._ops = ops
         self._inputs = inputs
@@ -41,9 +41,10 @@ class Tape:
     def __len__(self) -> int:
         return len(self._ops)
 
-    def replay(self, num_tokens: int) -> None:
+    def replay(self, num_tokens: int) -> T:
         self._inputs.counts.tokens = num_tokens
         self._pool.run(self._ops, len(self._ops), self._inputs.counts)
+        return self._output
 
 
 class TapeGraphs:
@@ -60,7 +61,7 @@ class TapeGraphs:
         self._inputs = inputs
         self._panel = panel
 
-    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+    def capture(self, step: Callable[[], T], num_tokens: int) -> Tape[T]:
         trace = Trace(self._inputs.row_counts())
         self._runner.trace = trace
         try:
@@ -69,9 +70,9 @@ class TapeGraphs:
         finally:
             self._runner.trace = None
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        return self._finish(trace, outputs), output
+        return self._finish(trace, outputs, output)
 
-    def _finish(self, trace: Trace, outputs: list[Tensor]) -> Tape:
+    def _finish(self, trace: Trace, outputs: list[Tensor], output: T) -> Tape[T]:
         for tensor in outputs:
             trace.rows_of(tensor)  # raises for a tensor that no operation made
         kept = {tensor.untyped_storage().data_ptr() for tensor in outputs}
@@ -92,7 +93,7 @@ class TapeGraphs:
                     ops[number].p[slot] = pointer.data_ptr() + moved[storage]
                 else:
                     constants.append(pointer)
-        return Tape(self._pool, ops, self._inputs, constants)
+        return Tape(self._pool, ops, self._inputs, constants, output)
 
 
 class OnlyViews(TorchFunctionMode):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isthmus.contract import DeviceState, Limits, StepInputs
+from isthmus.contract import DeviceState, Limits, StepInputs, StepShape
 from isthmus.plan import StepPlan
 from isthmus_cpu.library import Counts, Library, Rows
 
@@ -100,7 +100,8 @@ class PanelInputs:
             address(plan.span_samples, np.bool_),
         )
 
-    def build(self, device: DeviceState, num_tokens: int, num_spans: int, num_samples: int) -> StepInputs:
+    def build(self, device: DeviceState, shape: StepShape) -> StepInputs:
+        num_tokens, num_spans, num_samples = shape.tokens, shape.spans, shape.samples
         """The object may be the one that an earlier call returned, brought up to date."""
         buffers, counts = self._buffers, self.counts
         self._calls.isthmus_read_tokens(ctypes.byref(buffers))

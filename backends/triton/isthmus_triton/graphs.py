@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -14,12 +14,14 @@ from isthmus.errors import Unsupported
 T = TypeVar("T")
 
 
-class _Replay:
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+class _Replay(Generic[T]):
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: T) -> None:
         self._graph = graph
+        self._output = output
 
-    def replay(self, num_tokens: int) -> None:
+    def replay(self, num_tokens: int) -> T:
         self._graph.replay()
+        return self._output
 
 
 class StreamGraphs:
@@ -37,7 +39,7 @@ class StreamGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+    def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
         if self._reason is not None:
             raise Unsupported(self._reason)
         current = torch.cuda.current_stream(self._device)
@@ -56,4 +58,4 @@ class StreamGraphs:
             if collecting:
                 gc.enable()
         current.wait_stream(self._stream)
-        return _Replay(graph), output
+        return _Replay(graph, output)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from isthmus.contract import DeviceState, Limits, StepInputs
+from isthmus.contract import DeviceState, Limits, StepInputs, StepShape
 from isthmus.plan import Int32Array, StepPlan
 from isthmus_triton.kernels.prepare import append_blocks_kernel, build_kernel, start_rows_kernel
 
@@ -73,7 +73,8 @@ class TritonInputs:
         self._write_spans(plan, packed.numpy())
         self._packed.copy_(packed, non_blocking=True)
 
-    def build(self, device: DeviceState, num_tokens: int, num_spans: int, num_samples: int) -> StepInputs:
+    def build(self, device: DeviceState, shape: StepShape) -> StepInputs:
+        num_tokens, num_spans, num_samples = shape.tokens, shape.spans, shape.samples
         of = self._tensors
         token_ids, positions = self._token_ids[:num_tokens], self._positions[:num_tokens]
         slots = self._slots[:num_tokens]

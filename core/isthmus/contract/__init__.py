@@ -1,8 +1,8 @@
 """The contract between Isthmus and a backend: data, protocols, version.  Imports no torch."""
 
-from isthmus.contract.capabilities import Capabilities, DeviceInfo, GraphScope, ShapePolicy, SpanMix
+from isthmus.contract.capabilities import BlockCount, Capabilities, DeviceInfo, GraphScope, ShapePolicy, SpanMix
 from isthmus.contract.execution import ExecutorBackend, ModelFacts
-from isthmus.contract.inputs import DeviceState, Limits, Sampled, StepInputs
+from isthmus.contract.inputs import DeviceState, Limits, Sampled, StepInputs, StepShape
 from isthmus.contract.parts import (
     Attention,
     AttentionSpec,
@@ -28,6 +28,7 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "Backend",
+    "BlockCount",
     "Capabilities",
     "CapturedGraph",
     "Collectives",
@@ -53,5 +54,6 @@ __all__ = [
     "SpanMix",
     "StepExecutor",
     "StepInputs",
+    "StepShape",
     "require_compatible",
 ]

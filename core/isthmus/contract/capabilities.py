@@ -10,7 +10,8 @@ class ShapePolicy(StrEnum):
     EXACT = "exact"
     """Any number of tokens and spans up to the limits."""
     BUCKETED = "bucketed"
-    """A step is padded up to a size in ``token_buckets`` and ``span_buckets``."""
+    """A step is padded up to a size in ``token_buckets``, ``span_buckets`` and ``block_buckets``, and where
+    graphs are captured there is one for every combination, so that no step runs without."""
 
 
 class GraphScope(StrEnum):
@@ -27,8 +28,17 @@ class SpanMix(StrEnum):
     """Which spans may share a batch."""
 
     ANY = "any"
-    SAME_LENGTH = "same_length"
-    """All spans of a step have one length (a prefill-only or a decode-only batch)."""
+    SINGLES_APART = "singles_apart"
+    """Spans of one token, or longer ones of any lengths: a step holds one kind."""
+
+
+class BlockCount(StrEnum):
+    """What ``block_buckets`` count: the KV blocks that a step's attention reads."""
+
+    LONGEST_ROW = "longest_row"
+    """Blocks of the row that has the most of them."""
+    ALL_ROWS = "all_rows"
+    """Blocks of all rows of the step together; a block that two rows share counts twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +73,12 @@ class Capabilities:
     shapes: ShapePolicy = ShapePolicy.EXACT
     token_buckets: tuple[int, ...] = ()
     span_buckets: tuple[int, ...] = ()
+    block_buckets: tuple[int, ...] = ()
+    """Empty: a step's shape does not depend on how many KV blocks it reads."""
+    blocks_counted: BlockCount = BlockCount.LONGEST_ROW
     span_mix: SpanMix = SpanMix.ANY
+    max_long_spans: int = 0
+    """With ``singles_apart``: spans in a step of longer ones at most; 0 for no bound."""
     graph_scope: GraphScope = GraphScope.NONE
     graph_any_size: bool = False
     """One captured graph serves every number of tokens up to the captured one."""
@@ -76,6 +91,9 @@ class Capabilities:
     device_sampling: bool = True
     """Sampling runs on the device; otherwise the core's reference samples on the host."""
     logprobs: bool = True
+    """Log-probabilities of sampled tokens can be had."""
+    prompt_logprobs: bool = True
+    """Those of a prompt's tokens can be had."""
     collectives: tuple[str, ...] = ()
     unified_memory: bool = False
     """The KV cache is taken from host memory: sized in bytes, not as a share of the device."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,19 @@ class Limits:
     @property
     def max_blocks_per_row(self) -> int:
         return -(-self.max_model_len // self.block_size)
+
+
+class StepShape(NamedTuple):
+    """The counts of a step, padding included: what a captured graph is made for."""
+
+    tokens: int
+    spans: int
+    samples: int
+    blocks: int = 0
+    """KV blocks that attention reads, in the measure of ``Capabilities.blocks_counted``; 0 where
+    ``block_buckets`` is empty."""
+    single: bool = False
+    """Every span is of one token; only told where ``span_mix`` is ``singles_apart``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,3 +94,12 @@ class Sampled:
     ranks: Tensor | None = None  # int32 [samples]
     top_ids: Tensor | None = None  # int32 [samples, k]
     top_logprobs: Tensor | None = None  # float32 [samples, k]
+
+    def tensors(self) -> list[Tensor]:
+        """What is to be fetched.  A backend may pack the fields into fewer tensors, and override both methods."""
+        fields = (self.tokens, self.invalid, self.chosen_logprobs, self.ranks, self.top_ids, self.top_logprobs)
+        return [tensor for tensor in fields if tensor is not None]
+
+    def unpacked(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """The fields, as numpy arrays in their order, from what :meth:`tensors` became on the host."""
+        return arrays

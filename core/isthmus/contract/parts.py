@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from isthmus.contract.capabilities import Capabilities, DeviceInfo
-from isthmus.contract.inputs import DeviceState, Limits, Sampled, StepInputs
+from isthmus.contract.inputs import DeviceState, Limits, Sampled, StepInputs, StepShape
 from isthmus.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -223,15 +223,15 @@ class Inputs(Protocol):
         where the device is apart from the host.  ``plan``'s arrays are not kept."""
         ...
 
-    def build(self, device: DeviceState, num_tokens: int, num_spans: int, num_samples: int) -> StepInputs:
-        """Inputs of the plan last uploaded, padded up to these counts.  Device work only where the
+    def build(self, device: DeviceState, shape: StepShape) -> StepInputs:
+        """Inputs of the plan last uploaded, padded up to ``shape``.  Device work only where the
         backend captures it; reads ``device.tokens`` at the time it runs, not at the time it is called."""
         ...
 
 
-class CapturedGraph(Protocol):
-    def replay(self, num_tokens: int) -> None:
-        """Run what was captured again over the same buffers.
+class CapturedGraph(Protocol[T_co]):
+    def replay(self, num_tokens: int) -> T_co:
+        """Run what was captured again, and return its output: the same buffers each time, or new ones.
 
         ``num_tokens`` is at most the captured number, and matters only with ``graph_any_size``.
         """
@@ -239,9 +239,9 @@ class CapturedGraph(Protocol):
 
 
 class Graphs(Protocol):
-    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
-        """Record ``step`` (which runs once, on inputs of ``num_tokens``); also returns its output,
-        whose buffers every replay writes again.
+    def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
+        """Record ``step``, whose inputs are of ``num_tokens``.  It may be called once or more, and what
+        it then returns is of no use: only a replay's output is.
 
         Raises :class:`isthmus.errors.Unsupported` if the step cannot be captured; the caller then
         runs it eagerly.

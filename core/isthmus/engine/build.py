@@ -108,6 +108,7 @@ def _scheduler_limits(
         max_overtakes=asked.max_overtakes,
         steps_in_flight=depth,
         span_mix=capabilities.span_mix,
+        max_long_spans=capabilities.max_long_spans,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isthmus.config import EngineOptions
-from isthmus.contract import Backend, Capabilities, Limits, ShapePolicy
+from isthmus.contract import Backend, Capabilities, GraphScope, Limits, ShapePolicy, SpanMix
 from isthmus.errors import OutOfMemory
 from isthmus.executor.blame import blamed
 from isthmus.executor.downgrades import downgrades
@@ -50,8 +50,9 @@ def build_executor(
 ) -> tuple[Executor, ExecutorReport]:
     """Load the model onto the backend and make it ready to serve.
 
-    ``progress`` draws a bar while weights load.  Raises an :class:`isthmus.errors.IsthmusError` of
-    one line where something asked for is not to be had; the backend is left open.
+    ``progress`` draws a bar while weights load and while many shapes compile.  Raises an
+    :class:`isthmus.errors.IsthmusError` of one line where something asked for is not to be had; the
+    backend is left open.
     """
     capabilities = backend.capabilities
     dtype = choose_dtype(options.model.dtype, spec.dtype, capabilities, backend.name)
@@ -65,7 +66,7 @@ def build_executor(
     model = _load(options, backend, source, spec, dtype, limits.max_model_len, progress)
     report.load_s = time.perf_counter() - began
     report.weights_bytes = gauge.taken()
-    return _Build(options, backend, spec, model, limits, report, gauge, source.kind == "gguf").finish()
+    return _Build(options, backend, spec, model, limits, report, gauge, source.kind == "gguf", progress).finish()
 
 
 def _limits(options: EngineOptions, backend: Backend, spec: ModelSpec, report: ExecutorReport) -> Limits:
@@ -128,6 +129,7 @@ class _Build:
     gauge: _Gauge
     packed: bool
     """Whether the file's weights are in a block format."""
+    progress: bool
 
     def finish(self) -> tuple[Executor, ExecutorReport]:
         size = self._size_cache()
@@ -138,17 +140,27 @@ class _Build:
         self.report.kv_bytes = self.limits.num_blocks * self._block_bytes
         self.gauge.taken()
 
-        began = time.perf_counter()
-        with blamed(self.backend, "running its first steps"):
-            executor.warm_up(warm_up_plans(self.backend.capabilities, self.limits))
-        self.report.warm_up_s += time.perf_counter() - began
-        with blamed(self.backend, "capturing graphs"):
-            self._capture(executor)
+        # Where every step has a graph, nothing is to run without one: not even the first steps.
+        stages = [self._warm_up, self._capture]
+        for stage in reversed(stages) if self._all_captured else stages:
+            stage(executor)
         self.report.providers = self.backend.providers()
         log.info("%s", self.report.summary())
         for note in [*self._downgrades(), *self.report.notes]:
             log.info("%s", note)
         return executor, self.report
+
+    @property
+    def _all_captured(self) -> bool:
+        capabilities = self.backend.capabilities
+        bucketed = capabilities.shapes is ShapePolicy.BUCKETED and capabilities.graph_scope is not GraphScope.NONE
+        return bucketed and self.options.backend.graphs
+
+    def _warm_up(self, executor: Executor) -> None:
+        began = time.perf_counter()
+        with blamed(self.backend, "running its first steps"):
+            executor.warm_up(warm_up_plans(self.backend.capabilities, self.limits))
+        self.report.warm_up_s += time.perf_counter() - began
 
     def _downgrades(self) -> list[str]:
         return downgrades(
@@ -196,7 +208,9 @@ class _Build:
         began = time.perf_counter()
         executor = self._executor(self.limits)
         with blamed(self.backend, "running its largest step"):
-            executor.run(largest_plan(self.limits, self.backend.capabilities.span_mix))
+            if self._all_captured:
+                executor.capture(largest_only=True)
+            executor.run(largest_plan(self.limits, self.backend.capabilities))
         self.backend.memory.synchronize()
         executor.close()
         del executor
@@ -209,24 +223,27 @@ class _Build:
             self.report.notes.append("steps run eagerly: graphs are switched off")
             return
         self.gauge.taken()
-        self.report.notes += executor.capture()
+        with blamed(self.backend, "capturing graphs"):
+            self.report.notes += executor.capture(progress=self.progress)
         self.report.graph_bytes = self.gauge.taken()
         self.report.capture_s = executor.graphs.capture_s
         self.report.num_graphs = len(executor.graphs.captured)
 
 
 def warm_up_plans(capabilities: Capabilities, limits: Limits) -> list[StepPlan]:
-    """Short steps, greedy and drawn, and every bucket where steps are padded to some."""
+    """Short steps, greedy and drawn; where steps are padded to buckets, each number of rows and of tokens."""
+    drawn = RowSampling(max_tokens=1, temperature=1.0, top_p=0.9, seed=1)
     longest = min(limits.max_tokens, limits.max_model_len)
     rows = min(limits.max_tokens, limits.max_rows)
-    lengths = [[1], [min(16, longest)], [1] * min(rows, 8)]
-    if rows > 1 and longest > 16:
-        lengths.append([1, 16])
     if capabilities.shapes is ShapePolicy.BUCKETED:
-        lengths += [[1] * size for size in capabilities.span_buckets if size <= rows]
-        lengths += [[size] for size in capabilities.token_buckets if size <= longest]
-    drawn = RowSampling(max_tokens=1, temperature=1.0, top_p=0.9, seed=1)
-    return [*map(dummy_plan, lengths), dummy_plan([1], drawn)]
+        sizes = sorted({size for size in capabilities.span_buckets if size < rows} | {rows})
+        singles = [dummy_plan([1] * size, parameters) for size in sizes for parameters in (None, drawn)]
+        lengths = sorted({size for size in capabilities.token_buckets if size < longest} | {longest})
+        return [*singles, *(dummy_plan([length], parameters) for length in lengths for parameters in (None, drawn))]
+    plans = [[1], [min(16, longest)], [1] * min(rows, 8)]
+    if rows > 1 and longest > 16 and capabilities.span_mix is SpanMix.ANY:
+        plans.append([1, 16])
+    return [*map(dummy_plan, plans), dummy_plan([1], drawn)]
 
 
 class _Gauge:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from isthmus.contract import Limits, SpanMix
+from isthmus.contract import Capabilities, Limits, SpanMix, StepShape
+from isthmus.executor.shapes import most_spans, most_tokens
 from isthmus.plan import RowStart, StepPlan
 from isthmus.sampling_params import RowSampling
 
@@ -33,16 +34,30 @@ def decode_plan(rows: int) -> StepPlan:
     return dummy_plan([1] * rows)
 
 
-def largest_plan(limits: Limits, mix: SpanMix) -> StepPlan:
-    """A step of ``max_tokens`` tokens that samples as many rows as can share them."""
-    tokens = min(limits.max_tokens, limits.max_rows * limits.max_model_len)
-    rows = max(min(limits.max_rows, tokens), 1)
-    if mix is SpanMix.SAME_LENGTH:
-        return dummy_plan([max(tokens // rows, 1)] * rows)
-    lengths = [1] * rows
-    left = tokens - rows
+def largest_plan(limits: Limits, capabilities: Capabilities) -> StepPlan:
+    """A step of as many tokens as one can have that samples as many rows as can share them."""
+    tokens = most_tokens(capabilities, limits)
+    least = 2 if capabilities.span_mix is SpanMix.SINGLES_APART and min(tokens, limits.max_model_len) > 1 else 1
+    rows = max(min(most_spans(capabilities, limits), tokens // least), 1)
+    lengths = [least] * rows
+    left = tokens - least * rows
     for row in range(rows):
-        more = min(left, limits.max_model_len - 1)
+        more = min(left, limits.max_model_len - least)
         lengths[row] += more
         left -= more
+    return dummy_plan(lengths)
+
+
+def plan_of_shape(shape: StepShape, limits: Limits) -> StepPlan:
+    """A step to capture ``shape`` with: as many spans as there may be, one token each or all tokens in the first ones.
+
+    What it leaves unfilled is padding, which a captured shape holds anyway.
+    """
+    if shape.tokens == shape.spans:
+        return decode_plan(min(shape.spans, limits.max_rows, limits.max_tokens))
+    lengths: list[int] = []
+    left = shape.tokens
+    while left and len(lengths) < shape.spans:
+        lengths.append(min(left, limits.max_model_len))
+        left -= lengths[-1]
     return dummy_plan(lengths)

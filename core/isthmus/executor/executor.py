@@ -13,20 +13,20 @@ import torch
 
 from isthmus.contract import (
     Backend,
-    CapturedGraph,
     GraphScope,
     Limits,
     PartlyCapturedSampling,
     Pending,
     Sampled,
     StepInputs,
+    StepShape,
 )
 from isthmus.errors import BackendError, OutOfMemory, Unsupported
-from isthmus.executor.dummy import decode_plan, dummy_plan
-from isthmus.executor.graphs import Captured, StepGraphs, capture_all
+from isthmus.executor.capture import Capture, inputs_of
+from isthmus.executor.graphs import Captured, StepGraphs
 from isthmus.executor.out_of_memory import is_out_of_memory
 from isthmus.executor.prompt_logprobs import PromptLogprobs, PromptPiece, joined
-from isthmus.executor.shapes import Padding, StepShape, decode_sizes
+from isthmus.executor.shapes import Padding
 from isthmus.executor.split import split
 from isthmus.plan import Int32Array, StepPlan, StepResult, TokenLogprobs
 
@@ -45,11 +45,24 @@ class StepModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Fetched:
+    """What was sampled, on its way to the host; ``count`` of its entries are no padding."""
+
+    pending: Pending[Sequence[Any]]
+    sampled: Sampled
+    count: int
+
+    def arrays(self) -> list[Any]:
+        """The fields of :class:`Sampled`, waited for."""
+        return [array[: self.count] for array in self.sampled.unpacked(self.pending.result())]
+
+
+@dataclass(frozen=True, slots=True)
 class _Fetching:
     """What a step (or a piece of one) is bringing to the host."""
 
-    sampled: Pending[Sequence[Any]] | None
-    prompts: tuple[tuple[int, Pending[Sequence[Any]]], ...]  # by row, in order
+    sampled: _Fetched | None
+    prompts: tuple[tuple[int, _Fetched], ...]  # by row, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +87,7 @@ class Executor:
         self._limits: Final = limits
         self._caches = caches
         self._max_steps_in_flight: Final = max_steps_in_flight
-        self._padding: Final = Padding(backend.capabilities, limits.max_tokens, limits.max_rows)
+        self._padding: Final = Padding(backend.capabilities, limits)
         self._graphs = StepGraphs()
         self._device = backend.inputs.allocate(limits)
         self._sampling_state = backend.sampling.allocate(limits)
@@ -150,28 +163,26 @@ class Executor:
         backend.inputs.upload(plan, device)
         backend.sampling.apply(state, plan)
         prompt_pieces = self._prompt_logprobs.pieces(plan)
-        captured = self._graph_for(plan, num_logprobs, bool(prompt_pieces))
-        if captured is not None and self._graphs.scope is GraphScope.STEP:
-            captured.graph.replay(plan.num_tokens)
-            return _Fetching(self._fetch(captured.output, int(plan.span_samples.sum())), ())
-
         shape = self._padding.shape(plan)
-        inputs, hidden, logits = self._forward(plan, shape, captured, keep_hidden=bool(prompt_pieces))
+        captured = self._graph_for(plan, shape, num_logprobs, bool(prompt_pieces))
+        if captured is not None and self._graphs.scope is GraphScope.STEP:
+            return self._fetching(captured.graph.replay(plan.num_tokens), plan)
+
+        inputs, hidden, logits = self._forward(shape, captured, keep_hidden=bool(prompt_pieces))
         prompts = tuple((piece.row, self._fetch_prompt(hidden, piece)) for piece in prompt_pieces)
-        if shape.samples == 0:
+        if not plan.span_samples.any():
             return _Fetching(None, prompts)
         if logits is None:
             logits = self._model.logits(hidden, inputs.sample_tokens)
-        sampled = backend.sampling.sample(logits, inputs, device, state, num_logprobs)
-        return _Fetching(self._fetch(sampled, int(plan.span_samples.sum())), prompts)
+        return self._fetching(backend.sampling.sample(logits, inputs, device, state, num_logprobs), plan, prompts)
 
     def _forward(
-        self, plan: StepPlan, shape: StepShape, captured: Captured | None, *, keep_hidden: bool
+        self, shape: StepShape, captured: Captured | None, *, keep_hidden: bool
     ) -> tuple[StepInputs, Any, Tensor | None]:
         """Inputs, hidden states, and the logits of the sampled tokens where nothing needs the hidden states."""
         build = self._backend.inputs.build
         if captured is None:
-            inputs = build(self._device, *shape)
+            inputs = build(self._device, shape)
             if keep_hidden or shape.samples == shape.tokens:
                 return inputs, self._model.forward(inputs, self._caches), None
             # Nothing reads the other tokens after the last layer's attention.
@@ -179,17 +190,15 @@ class Executor:
             hidden = self._model.forward(inputs, self._caches, wanted)
             return inputs, None, self._model.logits(hidden, None) if shape.samples else None
         if self._graphs.any_shape:
-            inputs = build(self._device, captured.size, self._limits.max_rows, shape.samples)
-            captured.graph.replay(shape.tokens)
-            return inputs, captured.output[: shape.tokens], None
-        size = self._padding.decode_shape(captured.size)
-        inputs = build(self._device, *size)
-        captured.graph.replay(shape.tokens)
-        if self._padding.is_exact:
-            return narrowed(inputs, shape.samples), None, captured.output[: shape.samples]
-        return inputs, None, captured.output
+            inputs = build(self._device, captured.shape._replace(samples=shape.samples))
+            return inputs, captured.graph.replay(shape.tokens)[: shape.tokens], None
+        logits, *tensors = captured.graph.replay(shape.tokens)
+        inputs = inputs_of(tensors, self._device, captured.shape, self._limits.max_model_len)
+        if self._padding.bucketed:
+            return inputs, None, logits
+        return narrowed(inputs, shape.samples), None, logits[: shape.samples]
 
-    def _graph_for(self, plan: StepPlan, num_logprobs: int, prompt_logprobs: bool) -> Captured | None:
+    def _graph_for(self, plan: StepPlan, shape: StepShape, num_logprobs: int, prompt_logprobs: bool) -> Captured | None:
         decode = bool(plan.span_samples.all()) and int(plan.span_lengths.max()) == 1
         if prompt_logprobs and not self._graphs.any_shape:
             return None  # only eager steps keep the hidden states
@@ -198,16 +207,15 @@ class Executor:
         sampling = self._backend.sampling
         if self._graphs.scope is GraphScope.STEP and isinstance(sampling, PartlyCapturedSampling):
             decode = decode and sampling.replayable(self._sampling_state)
-        return self._graphs.find(plan.num_tokens, decode=decode)
+        return self._graphs.find(shape, decode=decode)
 
-    def _fetch(self, sampled: Sampled, count: int) -> Pending[Sequence[Any]]:
-        tensors = [sampled.tokens, sampled.invalid]
-        if sampled.chosen_logprobs is not None:
-            assert sampled.ranks is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
-            tensors += [sampled.chosen_logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
-        return self._backend.memory.fetch([tensor[:count] for tensor in tensors])
+    def _fetching(self, sampled: Sampled, plan: StepPlan, prompts: tuple[tuple[int, _Fetched], ...] = ()) -> _Fetching:
+        return _Fetching(self._fetch(sampled, int(plan.span_samples.sum())), prompts)
 
-    def _fetch_prompt(self, hidden: Tensor, piece: PromptPiece) -> Pending[Sequence[Any]]:
+    def _fetch(self, sampled: Sampled, count: int) -> _Fetched:
+        return _Fetched(self._backend.memory.fetch(sampled.tensors()), sampled, count)
+
+    def _fetch_prompt(self, hidden: Tensor, piece: PromptPiece) -> _Fetched:
         where = self._backend.memory.device
         count = len(piece.next_tokens)
         index = torch.arange(piece.begin, piece.begin + count, dtype=torch.int32, device=where)
@@ -222,68 +230,32 @@ class Executor:
         for plan in plans:
             self.run(plan)
 
-    def capture(self) -> tuple[str, ...]:
-        """Capture what the backend's capabilities allow.
+    def capture(self, *, progress: bool = False, largest_only: bool = False) -> tuple[str, ...]:
+        """Capture what the backend's capabilities allow, or of the bucketed shapes just the largest.
 
         Returns what could not be captured and why; such steps run eagerly or padded.
         """
-        capabilities = self._backend.capabilities
-        scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
-        if scope is GraphScope.NONE:
+        if self._backend.capabilities.graph_scope is GraphScope.NONE:
             return ()
-        if any_size:
-            limits = self._limits
-            # Few short rows may not fill a step of max_tokens.
-            most = min(limits.max_tokens, limits.max_rows * limits.max_model_len)
-            sizes = [limits.max_rows if scope is GraphScope.STEP else most]
-        else:
-            sizes = decode_sizes(min(self._limits.max_rows, self._limits.max_tokens))
-        any_shape = any_size and scope is GraphScope.FORWARD
+        capture = Capture(
+            backend=self._backend,
+            model=self._model,
+            limits=self._limits,
+            padding=self._padding,
+            device=self._device,
+            sampling_state=self._sampling_state,
+            caches=self._caches,
+        )
 
-        def capture() -> StepGraphs:
+        def run() -> StepGraphs:
             with torch.inference_mode():
-                return capture_all(scope, sizes, self._capture_one, any_shape=any_shape)
+                return capture.of([max(self._padding.shapes())]) if largest_only else capture.everything(progress)
 
         try:
-            self._graphs = self._backend.memory.launch(capture).result()
+            self._graphs = self._backend.memory.launch(run).result()
         except Unsupported as error:
             return (f"steps run eagerly: {error}",)
         return self._graphs.notes
-
-    def _capture_one(self, size: int) -> tuple[CapturedGraph, Any]:
-        backend, scope = self._backend, self._backend.capabilities.graph_scope
-        if scope is GraphScope.FORWARD and backend.capabilities.graph_any_size:
-            return self._capture_any_forward(size)
-        plan = decode_plan(size)
-        shape = self._padding.decode_shape(size)
-        backend.inputs.upload(plan, self._device)
-        backend.sampling.apply(self._sampling_state, plan)
-        if scope is GraphScope.FORWARD:
-            inputs = self._bounded(backend.inputs.build(self._device, *shape), 1)
-            return backend.graphs.capture(
-                lambda: self._model.logits(self._model.forward(inputs, self._caches), inputs.sample_tokens), size
-            )
-
-        def step() -> Sampled:
-            inputs = self._bounded(backend.inputs.build(self._device, *shape), 1)
-            logits = self._model.logits(self._model.forward(inputs, self._caches), inputs.sample_tokens)
-            return backend.sampling.sample(logits, inputs, self._device, self._sampling_state, -1)
-
-        return backend.graphs.capture(step, size)
-
-    def _capture_any_forward(self, size: int) -> tuple[CapturedGraph, Any]:
-        backend, limits = self._backend, self._limits
-        rows = min(limits.max_rows, size)
-        longest = -(-size // rows)
-        plan = dummy_plan([min(longest, size - row * longest) for row in range(-(-size // longest))])
-        backend.inputs.upload(plan, self._device)
-        backend.sampling.apply(self._sampling_state, plan)
-        inputs = self._bounded(backend.inputs.build(self._device, size, limits.max_rows, rows), size)
-        return backend.graphs.capture(lambda: self._model.forward(inputs, self._caches), size)
-
-    def _bounded(self, inputs: StepInputs, max_query_length: int) -> StepInputs:
-        """With upper bounds for the host's integers, since a graph is replayed with others."""
-        return replace(inputs, max_query_length=max_query_length, max_context_length=self._limits.max_model_len)
 
 
 def narrowed(inputs: StepInputs, samples: int) -> StepInputs:
@@ -297,12 +269,12 @@ def narrowed(inputs: StepInputs, samples: int) -> StepInputs:
 
 
 def _result(plan: StepPlan, pieces: list[_Fetching]) -> StepResult:
-    fetched = [piece.sampled.result() for piece in pieces if piece.sampled is not None]
+    fetched = [piece.sampled.arrays() for piece in pieces if piece.sampled is not None]
     rows: Int32Array = plan.span_rows[plan.span_samples]
     prompts: dict[int, list[TokenLogprobs]] = {}
     for piece in pieces:
-        for row, pending in piece.prompts:
-            prompts.setdefault(row, []).append(_logprobs(pending.result()))
+        for row, fetching in piece.prompts:
+            prompts.setdefault(row, []).append(_logprobs(fetching.arrays()))
     if not fetched:
         tokens, invalid, logprobs = np.zeros(0, np.int32), np.zeros(0, np.bool_), None
     else:

@@ -5,66 +5,65 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.contract import CapturedGraph, GraphScope
+from isthmus.contract import CapturedGraph, GraphScope, StepShape
 from isthmus.executor.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """``output`` is written again by each replay: what was sampled (scope "step"), logits, or the
-    hidden states where one graph serves every size (scope "forward")."""
+    """A replay returns what was sampled (scope "step"), logits and inputs (scope "forward"), or the
+    hidden states where one graph serves every size."""
 
-    size: int
-    graph: CapturedGraph
-    output: Any
+    shape: StepShape
+    graph: CapturedGraph[Any]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class StepGraphs:
-    """Graphs by size.  Decode steps of up to ``size`` rows fit; with ``any_shape`` (one forward
-    captured at the most tokens a step may have) every step fits."""
-
     scope: GraphScope = GraphScope.NONE
     any_shape: bool = False
+    """One forward, captured at the most tokens a step may have, serves every step."""
+    exact: bool = True
+    """A decode step takes the smallest graph that holds it; otherwise any step takes that of its own shape."""
     captured: tuple[Captured, ...] = ()  # smallest first
     capture_s: float = 0.0
     notes: tuple[str, ...] = ()
+    _by_shape: dict[StepShape, Captured] = field(init=False)
 
-    def find(self, tokens: int, *, decode: bool) -> Captured | None:
-        """The smallest graph that holds the step, or ``None``: run it eagerly."""
+    def __post_init__(self) -> None:
+        self._by_shape = {item.shape: item for item in self.captured}
+
+    def find(self, shape: StepShape, *, decode: bool) -> Captured | None:
+        """The graph that serves the step, or ``None``: run it eagerly."""
+        if not self.exact:
+            return self._by_shape.get(shape)
         if not (decode or self.any_shape):
             return None
-        index = bisect_left(self.captured, tokens, key=lambda c: c.size)
+        index = bisect_left(self.captured, shape.tokens, key=lambda c: c.shape.tokens)
         return self.captured[index] if index < len(self.captured) else None
 
 
 def capture_all(
-    scope: GraphScope, sizes: Iterable[int], capture: Callable[[int], tuple[CapturedGraph, Any]], *, any_shape: bool
-) -> StepGraphs:
-    """Capture every size, the largest first so that the smaller ones fit into its memory.
+    shapes: Iterable[StepShape], capture: Callable[[StepShape], CapturedGraph[Any]]
+) -> tuple[list[Captured], tuple[str, ...], float]:
+    """Capture every shape, the largest first so that the smaller ones fit into its memory.
 
-    Stops where memory ends: steps below the last size captured are padded up to it.  Raises what
-    else ``capture`` raises, :class:`isthmus.errors.Unsupported` among it.
+    Returns what was captured, smallest first, notes, and the seconds it took.  Stops where memory
+    ends.  Raises what else ``capture`` raises, :class:`isthmus.errors.Unsupported` among it.
     """
     began = time.perf_counter()
     captured: list[Captured] = []
-    note = ""
-    for size in sorted(sizes, reverse=True):
+    notes: tuple[str, ...] = ()
+    for shape in sorted(shapes, reverse=True):
         try:
-            captured.insert(0, Captured(size, *capture(size)))
+            captured.insert(0, Captured(shape, capture(shape)))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            smallest = f"; the smallest graph holds {captured[0].size} rows" if captured else ": steps run eagerly"
-            note = f"no memory was left to capture a graph of size {size}{smallest}"
+            left = f"the smallest graph holds {captured[0].shape.tokens} rows" if captured else "steps run eagerly"
+            notes = (f"no memory was left to capture a graph of size {shape.tokens}: {left}",)
             break
-    return StepGraphs(
-        scope=scope,
-        any_shape=any_shape,
-        captured=tuple(captured),
-        capture_s=time.perf_counter() - began,
-        notes=(note,) if note else (),
-    )
+    return captured, notes, time.perf_counter() - began

@@ -3,59 +3,119 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Final
 
-from isthmus.contract import Capabilities, ShapePolicy
+from isthmus.contract import BlockCount, Capabilities, Limits, ShapePolicy, SpanMix, StepShape
 from isthmus.plan import StepPlan
 
-
-class StepShape(NamedTuple):
-    tokens: int
-    spans: int
-    samples: int
+LARGEST_CAPTURED: Final = 512
+"""Rows beyond which a decode step takes the device longer than its launches take the host."""
 
 
 class Padding:
     """Pads a step's counts as ``capabilities.shapes`` says, never past the limits given."""
 
-    def __init__(self, capabilities: Capabilities, max_tokens: int, max_rows: int) -> None:
-        bucketed = capabilities.shapes is ShapePolicy.BUCKETED
-        self._tokens = _sizes(capabilities.token_buckets, max_tokens) if bucketed else []
-        self._spans = _sizes(capabilities.span_buckets, max_rows) if bucketed else []
+    def __init__(self, capabilities: Capabilities, limits: Limits) -> None:
+        self._limits = limits
+        self._block_size = limits.block_size
+        self._apart = capabilities.span_mix is SpanMix.SINGLES_APART
+        self._count_all = capabilities.blocks_counted is BlockCount.ALL_ROWS
+        self._most_long = _most_long(capabilities, limits)
+        self.bucketed: Final = capabilities.shapes is ShapePolicy.BUCKETED
+        self._tokens = self._spans = self._blocks = []
+        if self.bucketed:
+            most_blocks = limits.max_blocks_per_row * (limits.max_rows if self._count_all else 1)
+            self._tokens = _sizes(capabilities.token_buckets, most_tokens(capabilities, limits))
+            self._spans = _sizes(capabilities.span_buckets, limits.max_rows)
+            self._blocks = _sizes(capabilities.block_buckets, most_blocks)
 
     def shape(self, plan: StepPlan) -> StepShape:
-        samples = int(plan.span_samples.sum())
+        tokens, spans = plan.num_tokens, plan.num_spans
+        if not self.bucketed:
+            # A step that samples nothing has no logits.
+            return StepShape(tokens, spans, int(plan.span_samples.sum()))
+        single = self._apart and tokens == spans
+        blocks = -(-(plan.span_starts + plan.span_lengths) // self._block_size)
+        padded = self._most_long if self._apart and not single else _padded(spans, self._spans)
         return StepShape(
-            tokens=_padded(plan.num_tokens, self._tokens),
-            spans=_padded(plan.num_spans, self._spans),
-            # A step that samples nothing has no logits, so there is nothing to pad.
-            samples=_padded(samples, self._spans) if samples else 0,
+            tokens=padded if single else _padded(tokens, self._tokens),
+            spans=padded,
+            samples=padded,
+            blocks=_padded(int(blocks.sum() if self._count_all else blocks.max(initial=1)), self._blocks)
+            if self._blocks
+            else 0,
+            single=single,
         )
 
-    def decode_shape(self, rows: int) -> StepShape:
-        """Of a step in which ``rows`` rows compute one token each and all sample it."""
-        spans = _padded(rows, self._spans)
-        return StepShape(tokens=_padded(rows, self._tokens), spans=spans, samples=spans)
+    def shapes(self) -> list[StepShape]:
+        """Every shape that a graph is captured for: all that a step can have where they are
+        bucketed, and else those of decode steps, of which a step takes the next larger one."""
+        if not self.bucketed:
+            rows = decode_sizes(min(self._limits.max_rows, self._limits.max_tokens))
+            return [StepShape(size, size, size) for size in rows]
+        return [*self._single_shapes(), *self._other_shapes()] if self._apart else list(self._other_shapes())
 
-    @property
-    def is_exact(self) -> bool:
-        return not (self._tokens or self._spans)
+    def _single_shapes(self) -> Iterator[StepShape]:
+        for fewest, spans in _ranges(self._spans):
+            if fewest <= self._limits.max_tokens:
+                for blocks in self._reachable_blocks(fewest, fewest, spans):
+                    yield StepShape(spans, spans, spans, blocks, single=True)
+
+    def _other_shapes(self) -> Iterator[StepShape]:
+        for fewest, tokens in _ranges(self._tokens):
+            if self._apart:
+                spans_of = [(1, self._most_long)] if tokens > 1 else []
+            else:
+                spans_of = [(least, most) for least, most in _ranges(self._spans) if least <= tokens]
+            for least, spans in spans_of:
+                for blocks in self._reachable_blocks(fewest, least, spans):
+                    yield StepShape(tokens, spans, spans, blocks)
+
+    def _reachable_blocks(self, tokens: int, least_spans: int, spans: int) -> Iterator[int]:
+        """Block buckets of steps of at least ``tokens`` tokens over ``least_spans`` to ``spans`` spans."""
+        if not self._blocks:
+            yield 0
+        widest = self._limits.max_blocks_per_row
+        for fewest, blocks in _ranges(self._blocks):
+            if self._count_all:
+                least, most = max(least_spans, -(-tokens // self._block_size)), widest * spans
+            else:
+                least, most = -(-tokens // (spans * self._block_size)), widest
+            if least <= blocks and fewest <= most:
+                yield blocks
 
 
-def _sizes(buckets: tuple[int, ...], most: int) -> list[int]:
-    """Buckets below ``most``, and ``most`` itself, so that every step fits one."""
-    return [*sorted({size for size in buckets if size < most}), most] if buckets else []
+def most_tokens(capabilities: Capabilities, limits: Limits) -> int:
+    """Tokens that one step can have at most."""
+    return max(min(limits.max_tokens, most_spans(capabilities, limits) * limits.max_model_len), 1)
 
 
-def _padded(count: int, sizes: list[int]) -> int:
-    return sizes[bisect_left(sizes, count)] if sizes else count
-
-
-LARGEST_CAPTURED: Final = 512
-"""Rows beyond which a decode step takes the device longer than its launches take the host."""
+def most_spans(capabilities: Capabilities, limits: Limits) -> int:
+    """Spans that a step of :func:`most_tokens` can have at most."""
+    return _most_long(capabilities, limits) if capabilities.span_mix is SpanMix.SINGLES_APART else limits.max_rows
 
 
 def decode_sizes(max_rows: int) -> list[int]:
     """Rows at which decode steps are captured: 1, 2, 4, every 8th to 256, then every 16th; the largest included."""
     largest = min(max_rows, LARGEST_CAPTURED)
     return sorted({size for size in (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16)) if size < largest} | {largest})
+
+
+def _most_long(capabilities: Capabilities, limits: Limits) -> int:
+    return min(capabilities.max_long_spans or limits.max_rows, limits.max_rows)
+
+
+def _sizes(buckets: Sequence[int], most: int) -> list[int]:
+    """Buckets below ``most``, and ``most`` itself, so that every step fits one."""
+    return [*sorted({size for size in buckets if size < most}), most] if buckets else []
+
+
+def _ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The counts, from and to, that each size holds."""
+    return ((before + 1, size) for before, size in pairwise([0, *sizes]))
+
+
+def _padded(count: int, sizes: Sequence[int]) -> int:
+    return sizes[bisect_left(sizes, count)] if sizes else count

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
 from isthmus.errors import OutOfMemory
-from isthmus.reference.dtypes import torch_dtype
+from isthmus.reference.dtypes import saturated, torch_dtype
 from isthmus.reference.ops import rms_norm
 
 QUERY_PIECE: Final = 256
@@ -115,8 +115,8 @@ class ReferencePlan:
 class ReferenceAttention:
     """:class:`isthmus.contract.Attention` over :class:`PagedCache`.
 
-    Scores and their softmax are float32 whatever the compute dtype.  :meth:`plan` reads the step's
-    span lengths on the host, and so waits for the device where that is apart.
+    Scores and their softmax are float32 whatever the compute dtype.  An 8-bit cache has no scales.
+    :meth:`plan` reads the step's span lengths on the host, and so waits for the device where that is apart.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -186,7 +186,7 @@ class ReferenceAttention:
         cos, sin = cos_sin.chunk(2, dim=-1)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         for store, new in ((cache.keys, key), (cache.values, value)):
-            store.view(-1, layer.kv_heads, layer.head_dim)[inputs.slots] = new.to(store.dtype)
+            store.view(-1, layer.kv_heads, layer.head_dim)[inputs.slots] = saturated(new, store.dtype)
         return query
 
     def attend(

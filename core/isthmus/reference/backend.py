@@ -24,7 +24,7 @@ from isthmus.reference.sampling import ReferenceSampling
 
 REFERENCE_CAPABILITIES = Capabilities(
     dtypes=("float32", "bfloat16", "float16"),
-    kv_dtypes=("float32", "bfloat16", "float16"),
+    kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn"),
     block_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
     sliding_window=True,
     logit_softcap=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from isthmus.errors import Unsupported
 
@@ -12,6 +13,7 @@ _DTYPES: Final = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 
 
@@ -20,3 +22,11 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise Unsupported(f"dtype {name!r} is not known; known are {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``.  What an 8-bit float cannot hold becomes its largest number, not a NaN; a NaN stays one."""
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)

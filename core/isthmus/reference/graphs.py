@@ -16,7 +16,7 @@ T = TypeVar("T")
 class ReferenceGraphs:
     """:class:`isthmus.contract.Graphs` of a device that cannot capture."""
 
-    def capture(self, step: Callable[[], T], num_tokens: int) -> tuple[CapturedGraph, T]:
+    def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
         raise Unsupported("this backend captures no graphs; steps run eagerly")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.contract import DeviceState, Limits, StepInputs
+from isthmus.contract import DeviceState, Limits, StepInputs, StepShape
 from isthmus.plan import Int32Array, StepPlan
 
 
@@ -73,7 +73,8 @@ class ReferenceInputs:
         self._write_spans(plan)
         self._packed.copy_(torch.from_numpy(self._host))
 
-    def build(self, device: DeviceState, num_tokens: int, num_spans: int, num_samples: int) -> StepInputs:
+    def build(self, device: DeviceState, shape: StepShape) -> StepInputs:
+        num_tokens, num_spans, num_samples = shape.tokens, shape.spans, shape.samples
         of = self._tensors
         token_rows, positions = of["token_rows"][:num_tokens], of["positions"][:num_tokens]
         token_ids, slots = self._token_ids[:num_tokens], self._slots[:num_tokens]

@@ -25,6 +25,8 @@ class SchedulerLimits:
     steps_in_flight: int = 1
     """Steps that may be planned before the first one's result is in."""
     span_mix: SpanMix = SpanMix.ANY
+    max_long_spans: int = 0
+    """Of spans that may not share a step with those of one token; 0 for no bound."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "steps_in_flight"):

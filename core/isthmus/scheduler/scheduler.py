@@ -64,7 +64,7 @@ class Scheduler:
         self._running = SequenceQueue()
         self._waiting = SequenceQueue()
         self._order: Int32Array | None = None
-        self._spans = span_policy(limits.span_mix)
+        self._spans = span_policy(limits.span_mix, limits.max_long_spans, limits.max_num_seqs)
         self._forecast = OutputForecast()
         self._flights: deque[Flight] = deque()
         self._step = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import Protocol
 
 import numpy as np
@@ -57,41 +58,56 @@ class MixedSpans:
         return False
 
 
-class EqualSpans:
-    """All spans of a step have one length: steps of one token and longer ones take turns.
+class SeparateSpans:
+    """Spans of one token and longer ones take turns: a step holds one kind.
 
-    A longer step is as long as the least that any unfinished row needs, so nobody is padded.
+    A longer span has at least two tokens, and a step has at most ``max_long`` of them.
     """
 
-    def __init__(self) -> None:
-        self._length = 0
+    def __init__(self, max_long: int) -> None:
+        self._max_long = max_long
+        self._room = 0
+        """Longer spans that may still join the step."""
+        self._kind: _Kind = _Kind.OPEN
         self._last_was_long = False
         self._single_rows = False
 
     def share(self, needed: Int32Array, budget: int, more_waiting: bool) -> Int32Array:
+        needed = np.minimum(needed, budget)
         single, long = needed == 1, needed > 1
         self._single_rows = bool(single.any())
-        if self._single_rows and (self._last_was_long or not (more_waiting or long.any())):
-            self._length, group = 1, single
-        elif long.any():
-            self._length, group = min(int(needed[long].min()), budget), long
-        else:
-            self._length, group = 0, long
+        self._room = self._max_long
         lengths = np.zeros_like(needed)
-        if self._length:
-            lengths[np.flatnonzero(group)[: budget // self._length]] = self._length
+        if self._single_rows and (self._last_was_long or not (more_waiting or long.any())):
+            self._kind = _Kind.SINGLE
+            lengths[np.flatnonzero(single)[:budget]] = 1
+        elif long.any():
+            self._kind = _Kind.LONG
+            rows = np.flatnonzero(long)[: self._max_long]
+            before = np.cumsum(needed[rows]) - needed[rows]
+            lengths[rows] = np.clip(budget - before, 0, needed[rows])
+            lengths[lengths == 1] = 0
+            self._room -= int(np.count_nonzero(lengths))
+        else:
+            self._kind = _Kind.OPEN
         return lengths
 
     def offer(self, needed: int, budget: int) -> int:
-        length = self._length or min(needed, budget)
-        joins_singles = length == 1 < needed and self._single_rows
-        return 0 if length > min(needed, budget) or joins_singles else length
+        length = min(needed, budget)
+        if length < 1:
+            return 0
+        if length == 1:
+            # With rows of one token running, it joins them in their turn.
+            return int(self._kind is _Kind.SINGLE or (self._kind is _Kind.OPEN and not self._single_rows))
+        return length if self._kind is not _Kind.SINGLE and self._room else 0
 
     def started(self, length: int) -> None:
-        self._length = length
+        if self._kind is _Kind.OPEN:
+            self._kind = _Kind.LONG if length > 1 else _Kind.SINGLE
+        self._room -= length > 1
 
     def planned(self) -> None:
-        self._last_was_long = self._length > 1
+        self._last_was_long = self._kind is _Kind.LONG
 
     def retry(self) -> bool:
         if self._last_was_long or not self._single_rows:
@@ -100,5 +116,12 @@ class EqualSpans:
         return True
 
 
-def span_policy(mix: SpanMix) -> SpanPolicy:
-    return MixedSpans() if mix is SpanMix.ANY else EqualSpans()
+class _Kind(Enum):
+    OPEN = auto()
+    SINGLE = auto()
+    LONG = auto()
+
+
+def span_policy(mix: SpanMix, max_long_spans: int, max_rows: int) -> SpanPolicy:
+    """``max_long_spans`` of 0 is no bound."""
+    return MixedSpans() if mix is SpanMix.ANY else SeparateSpans(max_long_spans or max_rows)

@@ -97,9 +97,13 @@ class DeviceUnderTest:
         return self.hidden[dtype]
 
     def padding(self, limits: Limits) -> Padding:
-        return Padding(self.capabilities, limits.max_tokens, limits.max_rows)
+        return Padding(self.capabilities, limits)
 
     def token_counts(self, *wanted: int) -> list[int]:
         """These numbers of tokens, or the buckets that hold them."""
-        padding = Padding(self.capabilities, max(wanted), max(wanted))
-        return sorted({padding.shape(dummy_plan([count])).tokens for count in wanted})
+        most = max(wanted)
+        limits = Limits(
+            max_rows=1, max_tokens=most, max_model_len=most, block_size=self.capabilities.block_sizes[0], num_blocks=2,
+            vocab_size=1,
+        )  # fmt: skip
+        return sorted({self.padding(limits).shape(dummy_plan([count])).tokens for count in wanted})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.contract import Limits
+from isthmus.contract import Limits, StepShape
 from isthmus.model.decoder import Decoder
 from isthmus.model.source import read_spec, resolve_model
 from isthmus.model.weights import load_decoder
@@ -138,7 +138,7 @@ class Runner:
 
     def _step(self, plan: StepPlan) -> torch.Tensor:
         self.backend.inputs.upload(plan, self.device)
-        inputs = self.backend.inputs.build(self.device, plan.num_tokens, 1, 1)
+        inputs = self.backend.inputs.build(self.device, StepShape(plan.num_tokens, 1, 1))
         with torch.inference_mode():
             hidden = self.decoder.forward(inputs, self.caches)
             every = self.decoder.logits(hidden, None)

@@ -83,6 +83,7 @@ class Engine:
                 max_model_len=limits.max_model_len,
                 steps_in_flight=depth,
                 span_mix=backend.capabilities.span_mix,
+                max_long_spans=backend.capabilities.max_long_spans,
             ),
             BlockManager(limits.num_blocks, limits.block_size, prefix_caching=how.prefix_caching, seed=b"certify"),
         )

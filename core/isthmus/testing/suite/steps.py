@@ -81,11 +81,14 @@ def fitting(capabilities: Capabilities, *, rows: int, tokens: int) -> tuple[int,
     return rows, max(tokens, rows)
 
 
-def same_length(capabilities: Capabilities, lengths: Sequence[int]) -> list[int]:
-    """``lengths``, or as many of the first one where a batch takes but one."""
-    if capabilities.span_mix is SpanMix.SAME_LENGTH:
-        return [lengths[0]] * len(lengths)
-    return list(lengths)
+def mixable(capabilities: Capabilities, lengths: Sequence[int]) -> list[int]:
+    """``lengths``, or the part of them that may share a step: all of one token if the first is, else the others."""
+    if capabilities.span_mix is not SpanMix.SINGLES_APART:
+        return list(lengths)
+    if lengths[0] == 1:
+        return [1] * len(lengths)
+    longer = [max(length, 2) for length in lengths]
+    return longer[: capabilities.max_long_spans or len(longer)]
 
 
 @dataclass(slots=True)
@@ -109,7 +112,7 @@ class Stepper:
         parts = self.device.parts
         parts.inputs.upload(plan, self.rows)
         parts.sampling.apply(self.state, plan)
-        return parts.inputs.build(self.rows, *self.device.padding(self.limits).shape(plan))
+        return parts.inputs.build(self.rows, self.device.padding(self.limits).shape(plan))
 
     def sample(self, plan: StepPlan, logits: Tensor, num_logprobs: int = -1) -> dict[str, np.ndarray[Any, Any]]:
         """``logits`` [samples, vocab]; rows are added where the device pads."""

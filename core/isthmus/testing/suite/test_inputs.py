@@ -8,7 +8,7 @@ import torch
 
 from isthmus.contract import Limits, StepInputs
 from isthmus.testing.device import DeviceUnderTest
-from isthmus.testing.suite.steps import Span, Starting, Stepper, fitting, plan_of, same_length
+from isthmus.testing.suite.steps import Span, Starting, Stepper, fitting, mixable, plan_of
 
 pytestmark = [pytest.mark.requires_parts, pytest.mark.mandatory]
 
@@ -36,7 +36,7 @@ def blocks(stepper: Stepper, tokens: int, first: int) -> list[int]:
 
 
 def test_a_mixture_of_spans(stepper: Stepper) -> None:
-    lengths = same_length(stepper.device.capabilities, [1, 33, 17])[: stepper.limits.max_rows]
+    lengths = mixable(stepper.device.capabilities, [5, 33, 17])[: stepper.limits.max_rows]
     tables = {row: blocks(stepper, length, 60 + 30 * row) for row, length in enumerate(lengths)}
     prompts = {row: prompt(length, row) for row, length in enumerate(lengths)}
     spans = [Span(row, 0, length, samples=row != 1) for row, length in enumerate(lengths)]
@@ -72,10 +72,12 @@ def test_padding_belongs_to_nobody(stepper: Stepper) -> None:
     starts = {0: Starting(prompt(3), blocks(stepper, 3, 9))}
     plan = plan_of(0, [Span(0, 0, 3)], starts)
     parts = device.parts
+    least = device.padding(limits).shape(plan)
+    shape = least._replace(tokens=limits.max_tokens, spans=limits.max_rows, samples=limits.max_rows)
 
     def build() -> StepInputs:
         parts.inputs.upload(plan, stepper.rows)
-        return parts.inputs.build(stepper.rows, limits.max_tokens, limits.max_rows, limits.max_rows)
+        return parts.inputs.build(stepper.rows, shape)
 
     inputs = device.run(build)
     assert inputs.token_ids.shape == (limits.max_tokens,) and inputs.span_rows.shape == (limits.max_rows,)
@@ -98,7 +100,7 @@ def test_a_token_is_read_when_the_step_runs(stepper: Stepper) -> None:
         parts.inputs.upload(plan_of(1, [Span(0, 5, 1)]), stepper.rows)
         stepper.rows.tokens[0, 5] = 777
         shape = device.padding(stepper.limits).shape(plan_of(1, [Span(0, 5, 1)]))
-        return parts.inputs.build(stepper.rows, *shape)
+        return parts.inputs.build(stepper.rows, shape)
 
     inputs = device.run(step)
     equal(inputs.token_ids[:1], [777], torch.int32, "the token sampled last")
@@ -133,7 +135,7 @@ def test_plans_arrays_are_not_kept(stepper: Stepper) -> None:
         plan.starts[0].tokens[:] = 0
         plan.span_lengths[:] = 1
         plan.block_ids[:] = 1
-        return parts.inputs.build(stepper.rows, *shape)
+        return parts.inputs.build(stepper.rows, shape)
 
     shape = device.padding(stepper.limits).shape(plan)
     inputs = device.run(step)

@@ -1,0 +1,148 @@
+"""Captures what steps replay: the largest first, everything that the backend's capabilities allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from isthmus.contract import (
+    Backend,
+    CapturedGraph,
+    DeviceState,
+    GraphScope,
+    Limits,
+    Sampled,
+    ShapePolicy,
+    StepInputs,
+    StepShape,
+)
+from isthmus.executor.dummy import decode_plan, dummy_plan, plan_of_shape
+from isthmus.executor.graphs import StepGraphs, capture_all
+from isthmus.executor.shapes import Padding
+from isthmus.plan import StepPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from isthmus.executor.executor import StepModel
+
+STEP_TENSORS: Final = (
+    "token_ids",
+    "positions",
+    "slots",
+    "span_rows",
+    "query_starts",
+    "context_lengths",
+    "sample_tokens",
+    "sample_rows",
+)
+"""The tensors of :class:`StepInputs` that belong to a step alone, in the order in which a captured forward
+returns them after its logits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """Everything that a captured step closes over."""
+
+    backend: Backend
+    model: StepModel
+    limits: Limits
+    padding: Padding
+    device: DeviceState
+    sampling_state: Any
+    caches: Sequence[Any]
+
+    def everything(self, progress: bool) -> StepGraphs:
+        """On the thread that :meth:`Memory.launch` chose.  ``progress`` draws a bar where there are many shapes."""
+        capabilities = self.backend.capabilities
+        scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
+        limits = self.limits
+        if any_size:
+            # Few short rows may not fill a step of max_tokens.
+            most = min(limits.max_tokens, limits.max_rows * limits.max_model_len)
+            size = limits.max_rows if scope is GraphScope.STEP else most
+            return self.of([StepShape(size, limits.max_rows, min(limits.max_rows, size))], progress=False)
+        return self.of(self.padding.shapes(), progress=progress and self.padding.bucketed)
+
+    def of(self, shapes: Sequence[StepShape], *, progress: bool = False) -> StepGraphs:
+        capabilities = self.backend.capabilities
+        scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
+        any_forward = any_size and scope is GraphScope.FORWARD
+        one = self._any_forward if any_forward else self._step if scope is GraphScope.STEP else self._forward
+        with tqdm(total=len(shapes), desc="compiling shapes", unit="shape", disable=not progress) as bar:
+
+            def capture(shape: StepShape) -> CapturedGraph[Any]:
+                self._upload(shape)
+                graph = one(shape)
+                bar.update()
+                return graph
+
+            captured, notes, seconds = capture_all(shapes, capture)
+        return StepGraphs(
+            scope=scope,
+            any_shape=any_forward,
+            exact=capabilities.shapes is ShapePolicy.EXACT or any_size,
+            captured=tuple(captured),
+            capture_s=seconds,
+            notes=notes,
+        )
+
+    def _upload(self, shape: StepShape) -> None:
+        plan = self._plan(shape)
+        self.backend.inputs.upload(plan, self.device)
+        self.backend.sampling.apply(self.sampling_state, plan)
+
+    def _plan(self, shape: StepShape) -> StepPlan:
+        if self.padding.bucketed:
+            return plan_of_shape(shape, self.limits)
+        if self.backend.capabilities.graph_any_size and self.backend.capabilities.graph_scope is GraphScope.FORWARD:
+            longest = -(-shape.tokens // shape.samples)
+            rows = range(-(-shape.tokens // longest))
+            return dummy_plan([min(longest, shape.tokens - row * longest) for row in rows])
+        return decode_plan(shape.tokens)
+
+    def _step(self, shape: StepShape) -> CapturedGraph[Sampled]:
+        def step() -> Sampled:
+            inputs, logits = self._logits(shape)
+            return self.backend.sampling.sample(logits, inputs, self.device, self.sampling_state, -1)
+
+        return self.backend.graphs.capture(step, shape.tokens)
+
+    def _forward(self, shape: StepShape) -> CapturedGraph[tuple[Tensor, ...]]:
+        def step() -> tuple[Tensor, ...]:
+            inputs, logits = self._logits(shape)
+            return logits, *[getattr(inputs, name) for name in STEP_TENSORS]
+
+        return self.backend.graphs.capture(step, shape.tokens)
+
+    def _logits(self, shape: StepShape) -> tuple[StepInputs, Tensor]:
+        inputs = self.backend.inputs.build(self.device, shape)
+        if not self.padding.bucketed:
+            inputs = self._bounded(inputs, 1)
+        hidden = self.model.forward(inputs, self.caches, inputs.sample_tokens)
+        return inputs, self.model.logits(hidden, None)
+
+    def _any_forward(self, shape: StepShape) -> CapturedGraph[Tensor]:
+        inputs = self._bounded(self.backend.inputs.build(self.device, shape), shape.tokens)
+        return self.backend.graphs.capture(lambda: self.model.forward(inputs, self.caches), shape.tokens)
+
+    def _bounded(self, inputs: StepInputs, max_query_length: int) -> StepInputs:
+        """With upper bounds for the host's integers, since a graph is replayed with others."""
+        return replace(inputs, max_query_length=max_query_length, max_context_length=self.limits.max_model_len)
+
+
+def inputs_of(tensors: Sequence[Tensor], device: DeviceState, shape: StepShape, max_context_length: int) -> StepInputs:
+    """What sampling reads, from what a captured forward returned after its logits."""
+    named: dict[str, Any] = dict(zip(STEP_TENSORS, tensors, strict=True))
+    return StepInputs(
+        block_tables=device.block_tables,
+        num_tokens=shape.tokens,
+        num_spans=shape.spans,
+        num_samples=shape.samples,
+        max_query_length=1 if shape.single else shape.tokens,
+        max_context_length=max_context_length,
+        **named,
+    )
