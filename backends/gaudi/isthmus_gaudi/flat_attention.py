@@ -1,0 +1,165 @@
+"""Flat paged attention: the KV blocks of all sequences of a decode step in one list.
+
+A padded ``[spans, blocks of the longest]`` table makes every sequence pay for the longest.  Here a step
+costs the blocks it has, rounded up to one bucket: each listed block is attended by the query of the span it
+belongs to, and the blocks' softmaxes are then joined span by span.
+
+The scheme is that of vllm-gaudi (``flat_pa`` and ``pipelined_pa`` in ``extension/ops.py``), written anew.  What
+moves data on the device is chosen by what Gaudi's PyTorch bridge lowers to its own kernels:
+
+* queries to blocks, and blocks back to spans, are products with a one-hot matrix (the matrix engine);
+* keys and values are one ``index_select`` of whole blocks each;
+* the maximum over a span's blocks cannot be a product.  It is one ``index_reduce`` along dimension 0 with
+  ``"amax"`` and ``include_self``, the only form that the bridge runs on the device (``IndexReduceFallbackCheck`` in
+  ``hpu_ops/backend/index_reduce_gen.cpp``), and one ``index_select`` back.  torch's own CPU kernel for it
+  warns once that it is in beta.
+
+Two things differ from there.  Spans are divided by their sum after the join, so that sums need no way
+back to the blocks.  And a product with a one-hot matrix would carry one sequence's NaN to all others (NaN * 0),
+so what is not finite is taken out before each product and given back to its own span alone.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from isthmus.contract import AttentionSpec
+from isthmus.reference.attention import softcapped
+
+Array = TypeVar("Array")
+Ints = npt.NDArray[np.int32]
+
+UNSEEN: Final = -1e30
+"""The score of a key that is not seen: its weight is exactly 0 beside any real one, and unlike minus infinity it
+gives no NaN where a block is all padding."""
+
+
+class FlatBlocks(NamedTuple, Generic[Array]):
+    """A step's KV blocks, int32 [blocks] each: numpy on the host, tensors on the device."""
+
+    block_list: Array
+    """Blocks of the cache; 0, the spare one, where padded."""
+    groups: Array
+    """The span that a block belongs to; -1 where padded.  Blocks of a span need not be neighbours."""
+    first: Array
+    """The first key of the block that is seen; over 0 only where a sliding window begins inside the block."""
+    usage: Array
+    """The end of the block's keys: those in ``first ... usage - 1`` are seen.  0 where padded."""
+
+
+def _block_ranges(context_lengths: npt.NDArray[np.integer], block_size: int, window: int) -> tuple[Ints, Ints]:
+    """The first block that a query at a context's end sees, and the end of its blocks."""
+    contexts = context_lengths.astype(np.int32, copy=False)
+    first_key = np.maximum(contexts - window, 0) if window else np.zeros_like(contexts)
+    return first_key // block_size, -(-contexts // block_size)
+
+
+def count_blocks(context_lengths: npt.NDArray[np.integer], block_size: int, window: int = 0) -> int:
+    """Blocks that :func:`fill_blocks` lists; those wholly before the ``window`` (0: none) are left out."""
+    begins, ends = _block_ranges(context_lengths, block_size, window)
+    return int((ends - begins).sum())
+
+
+def fill_blocks(
+    out: FlatBlocks[Ints],
+    block_tables: npt.NDArray[np.integer],  # [rows, max_blocks]
+    rows: npt.NDArray[np.integer],  # [spans]
+    context_lengths: npt.NDArray[np.integer],  # [spans] keys up to the query, itself included
+    block_size: int,
+    window: int = 0,
+) -> None:
+    """Write the blocks of one step and one window into ``out``, whose length is the bucket.
+
+    A span of context 0 has no block.  Spans that pad the step are simply not among ``rows``.
+    """
+    begins, ends = _block_ranges(context_lengths, block_size, window)
+    counts = ends - begins
+    used = int(counts.sum())
+    assert used <= len(out.block_list), f"{used} blocks do not fit a bucket of {len(out.block_list)}"
+
+    groups = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    # A block's place in its row: counted over the whole list, less where its span begins in the list.
+    place = np.arange(used, dtype=np.int32) - (np.cumsum(counts, dtype=np.int32) - counts - begins)[groups]
+    contexts = context_lengths.astype(np.int32, copy=False)[groups]
+    out.block_list[:used] = block_tables[rows[groups], place]
+    out.groups[:used] = groups
+    out.usage[:used] = np.minimum(contexts - place * block_size, block_size)
+    out.first[:used] = np.maximum(contexts - window - place * block_size, 0) if window else 0
+    for array, padding in zip(out, (0, -1, 0, 0), strict=True):
+        array[used:] = padding
+
+
+def flat_paged_attention(
+    query: Tensor,  # [spans, heads, head_dim]
+    keys: Tensor,  # [num_blocks * block_size, kv_heads, head_dim]
+    values: Tensor,  # as keys
+    blocks: FlatBlocks[Tensor],
+    block_size: int,
+    layer: AttentionSpec,
+) -> Tensor:
+    """Attention of one query a span over the span's blocks: [spans, heads * head_dim] in the query's dtype.
+
+    ``layer.window`` is already in ``blocks``.  Scores, softmax and sums are float32.  A span without
+    blocks gives zeros.  A span that meets a NaN in its query or in the keys and values it sees gives NaN, and no
+    other does; slots that no span sees may hold anything.  Shapes are static and nothing waits for the host.
+    Beside the gathered keys and values it takes 4 bytes for each of their numbers while it runs, the price of
+    float32 scores.
+    """
+    spans, heads, dim = query.shape
+    count, kv = blocks.block_list.shape[0], layer.kv_heads
+    mapping = blocks.groups[:, None] == torch.arange(spans, dtype=torch.int32, device=query.device)[None, :]
+
+    flawed = ~torch.isfinite(query).flatten(1).all(1)  # [spans]
+    clean = query.flatten(1).masked_fill(flawed[:, None], 0.0)
+    # One 1 a row, so exact in any dtype: [blocks, kv_heads, queries of a key head, head_dim].
+    spread = (mapping.to(query.dtype) @ clean).view(count, kv, heads // kv, dim)
+
+    peaks, parts = _attend_blocks(spread, keys, values, blocks, block_size, layer)
+
+    # Padded blocks have a place of their own after the spans', so that none of these can index out of range.
+    places = blocks.groups.masked_fill(blocks.groups < 0, spans)
+    lowest = torch.full((spans + 1, heads), UNSEEN, dtype=torch.float32, device=query.device)
+    span_peaks = lowest.index_reduce(0, places, peaks, "amax", include_self=True)
+    parts = parts * torch.exp(peaks - span_peaks.index_select(0, places))[..., None]
+
+    broken = ~torch.isfinite(parts).flatten(1).all(1) | (mapping & flawed[None, :]).any(1)  # [blocks]
+    parts = parts.flatten(1).masked_fill(broken[:, None], 0.0)
+    sums = (mapping.to(torch.float32).transpose(0, 1) @ parts).view(spans, heads, dim + 1)
+    total = sums[..., dim:]
+    out = sums[..., :dim] / total.masked_fill(total == 0.0, 1.0)
+    broken_spans = (mapping & broken[:, None]).any(0)
+    out = out.masked_fill(broken_spans[:, None, None], float("nan"))
+    return out.to(query.dtype).flatten(1)
+
+
+def _attend_blocks(
+    query: Tensor,  # [blocks, kv_heads, queries, head_dim]
+    keys: Tensor,
+    values: Tensor,
+    blocks: FlatBlocks[Tensor],
+    block_size: int,
+    layer: AttentionSpec,
+) -> tuple[Tensor, Tensor]:
+    """Each block's largest scores [blocks, heads], and relative to them its weighted values and, last, its sum
+    of weights [blocks, heads, head_dim + 1], float32."""
+    count, kv, queries, dim = query.shape
+    key, value = (
+        cache.view(-1, block_size, kv, dim).index_select(0, blocks.block_list).transpose(1, 2).float()
+        for cache in (keys, values)
+    )  # [blocks, kv_heads, block_size, head_dim]
+    within = torch.arange(block_size, dtype=torch.int32, device=query.device)[None, :]
+    unseen = (within < blocks.first[:, None]) | (within >= blocks.usage[:, None])  # [blocks, block_size]
+
+    scores = softcapped((query.float() * layer.scale) @ key.transpose(2, 3), layer.softcap)
+    scores = scores.masked_fill(unseen[:, None, None, :], UNSEEN)
+    peaks = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - peaks)
+    # A slot that is not seen may hold another sequence's NaN, and NaN times 0 is not 0.
+    value = value.masked_fill(unseen[:, None, :, None], 0.0)
+    parts = torch.cat((weights @ value, weights.sum(-1, keepdim=True)), -1)
+    return peaks.view(count, kv * queries), parts.view(count, kv * queries, dim + 1)
