@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,12 @@ import isthmus_rocm.backend
 import isthmus_rocm.probe
 from isthmus.contract import Backend, DeviceInfo
 from isthmus.errors import BackendError, BackendUnavailable
+from isthmus_rocm.aiter import AiterAttention
 from isthmus_rocm.architecture import KNOWN, architecture, architecture_of_version
 from isthmus_rocm.backend import has_wide_products, open_backend
 from isthmus_rocm.probe import probe_devices, torch_hip_version
 from isthmus_rocm.targets import TARGETS
+from isthmus_triton.attention import TritonAttention
 from isthmus_triton.launch import LaunchTable
 
 DEVICE = DeviceInfo(backend="rocm", index=0, name="AMD gfx942")
@@ -177,14 +180,42 @@ def test_refuses_what_it_has_no_parameters_for(built_for_rocm: SimpleNamespace) 
 
 
 def test_refuses_another_torch_and_options(built_for_rocm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match="takes no options; it was given speed"):
+    with pytest.raises(BackendError, match="has no option speed; it takes aiter=off or aiter=on"):
         open_backend(DEVICE, {"speed": "high"})
+    with pytest.raises(BackendError, match="option aiter is 'auto'; it must be off or on"):
+        open_backend(DEVICE, {"aiter": "auto"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="cannot use AMD gfx942; see what rocminfo says"):
         open_backend(DEVICE, {})
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(BackendUnavailable, match="not built for ROCm"):
         open_backend(DEVICE, {})
+
+
+def test_aiter_is_taken_only_where_it_is_asked_for(
+    built_for_rocm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def find(arch: str) -> Callable[..., None]:
+        asked.append(arch)
+        return lambda **given: None
+
+    monkeypatch.setattr(isthmus_rocm.backend, "find_aiter", find)
+    for options in ({}, {"aiter": "off"}):
+        backend = open_backend(DEVICE, options)
+        assert type(backend.attention) is TritonAttention
+        assert "AITER's are off, for nothing was measured" in backend.providers()["attention of long spans"]
+    assert not asked
+    backend = open_backend(DEVICE, {"aiter": "on"})
+    assert asked == ["gfx942"] and isinstance(backend.attention, AiterAttention)
+    assert "AITER's unified attention, by request" in backend.providers()["attention of long spans"]
+
+
+def test_aiter_that_cannot_be_had_is_said(built_for_rocm: SimpleNamespace) -> None:
+    built_for_rocm.gcnArchName = "gfx1100"
+    with pytest.raises(BackendUnavailable, match="AITER was asked for and cannot be used: its attention is for gfx942"):
+        open_backend(DEVICE, {"aiter": "on"})
 
 
 def test_wide_products_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from isthmus.contract import Capabilities, DeviceInfo, GraphScope
 from isthmus.errors import BackendError, BackendUnavailable
 from isthmus.reference import ReferenceCollectives
+from isthmus_rocm.aiter import AiterAttention, AttentionFunction, find_aiter
 from isthmus_rocm.architecture import architecture
 from isthmus_rocm.targets import TARGETS, Target
 from isthmus_triton.attention import TritonAttention
@@ -54,6 +55,7 @@ class RocmBackend:
         logits = "float32 from its accumulators" if self.wide_logits else "rounded to the weights' dtype first"
         return {
             "attention": f"Triton kernels, launch parameters for {self.arch}, none of them measured",
+            "attention of long spans": self._long_spans(),
             "linear": f"hipBLASLt or rocBLAS, as torch chooses; logits are {logits}",
             "norm, rotary, activation, embedding": "Triton kernels",
             "experts": "plain torch",
@@ -62,6 +64,11 @@ class RocmBackend:
             "graphs": "HIP graphs of whole decode steps",
         }
 
+    def _long_spans(self) -> str:
+        if isinstance(self.attention, AiterAttention):
+            return "AITER's unified attention, by request; never measured against the Triton kernels"
+        return "Triton kernels; AITER's are off, for nothing was measured: aiter=on takes them"
+
     def close(self) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -69,8 +76,12 @@ class RocmBackend:
 
 def open_backend(device: DeviceInfo, options: dict[str, Any]) -> RocmBackend:
     """Raises :class:`BackendError` for an unknown option, :class:`BackendUnavailable` for a device of no use."""
-    if options:
-        raise BackendError(f"the rocm backend takes no options; it was given {', '.join(sorted(options))}")
+    unknown = sorted(set(options) - {"aiter"})
+    if unknown:
+        raise BackendError(f"the rocm backend has no option {', '.join(unknown)}; it takes aiter=off or aiter=on")
+    aiter = options.get("aiter", "off")
+    if aiter not in ("off", "on"):
+        raise BackendError(f"the rocm backend's option aiter is {aiter!r}; it must be off or on")
     if torch.version.hip is None:
         raise BackendUnavailable(
             f"torch {torch.__version__} is not built for ROCm; "
@@ -83,7 +94,9 @@ def open_backend(device: DeviceInfo, options: dict[str, Any]) -> RocmBackend:
         )
     properties = torch.cuda.get_device_properties(device.index)
     arch = architecture(properties.gcnArchName)
-    return _assemble(device, arch, require_target(device.name, arch), properties.multi_processor_count)
+    target = require_target(device.name, arch)
+    function = find_aiter(arch) if aiter == "on" else None
+    return _assemble(device, arch, target, properties.multi_processor_count, function)
 
 
 def require_target(name: str, arch: str) -> Target:
@@ -101,16 +114,23 @@ def hip_device(index: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _assemble(info: DeviceInfo, arch: str, target: Target, compute_units: int) -> RocmBackend:
+def _assemble(
+    info: DeviceInfo, arch: str, target: Target, compute_units: int, aiter: AttentionFunction | None
+) -> RocmBackend:
     device = hip_device(info.index)
     torch.cuda.set_device(device)
     wide = has_wide_products(device)
+    attention = (
+        TritonAttention(device, target.launch, compute_units)
+        if aiter is None
+        else AiterAttention(device, target.launch, compute_units, aiter)
+    )
     return RocmBackend(
         device=info,
         capabilities=replace(CAPABILITIES, max_head_dim=target.max_head_dim),
         arch=arch,
         wide_logits=wide,
-        attention=TritonAttention(device, target.launch, compute_units),
+        attention=attention,
         ops=TritonOps(device, target.launch, wide_logits=wide),
         sampling=TritonSampling(device, target.launch),
         inputs=TritonInputs(device),
