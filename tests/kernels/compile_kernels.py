@@ -35,6 +35,7 @@ from isthmus_triton.launch import launch_table
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
 }
 
@@ -51,16 +52,20 @@ class Case:
 
 def attention_cases(arch: str) -> Iterator[Case]:
     table = launch_table(arch)
-    for dim, dtype, itemsize in ((128, "bf16", 2), (64, "fp16", 2), (256, "bf16", 2), (128, "fp32", 4)):
+    shapes = [(128, "bf16", 2, "bf16"), (64, "fp16", 2, "fp16"), (256, "bf16", 2, "bf16"), (128, "fp32", 4, "fp32")]
+    if arch != "sm_80":  # which has no such float
+        shapes += [(128, "bf16", 2, "fp8e4nv"), (64, "fp32", 2, "fp8e4nv")]
+    for dim, dtype, itemsize, kept in shapes:
+        label = dtype if kept == dtype else f"{dtype} over {kept}"
         row_bytes = dim * itemsize
         shape = {"HEAD_DIM": dim, "DIM": dim, "BLOCK_SIZE": 16 if dim == 64 else 64, "GROUP": 4}
-        switches = {"HAS_WINDOW": False, "HAS_SOFTCAP": False, "PRECISION": "ieee" if itemsize == 4 else "tf32"}
+        switches = {"HAS_WINDOW": False, "HAS_SOFTCAP": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
         decode = table.decode_for(row_bytes)
         for rows in (16, 32):
             yield Case(
-                f"decode {dim} {dtype} rows={rows}",
+                f"decode {dim} {label} rows={rows}",
                 decode_attention.decode_kernel,
-                f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} block_tables:*i32 programs:*i32 "
+                f"query:*{dtype} keys:*{kept} values:*{kept} out:*{dtype} block_tables:*i32 programs:*i32 "
                 "short_spans:*i32 partial_out:*fp32 partial_max:*fp32 partial_sum:*fp32 arrivals:*i32 "
                 "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 "
                 "window:i32 scale:fp32 softcap:fp32",
@@ -76,9 +81,9 @@ def attention_cases(arch: str) -> Iterator[Case]:
             )
         prefill = table.prefill_for(row_bytes)
         yield Case(
-            f"prefill {dim} {dtype}",
+            f"prefill {dim} {label}",
             prefill_attention.prefill_kernel,
-            f"query:*{dtype} keys:*{dtype} values:*{dtype} out:*{dtype} context_lengths:*i32 query_starts:*i32 "
+            f"query:*{dtype} keys:*{kept} values:*{kept} out:*{dtype} context_lengths:*i32 query_starts:*i32 "
             "span_rows:*i32 block_tables:*i32 programs:*i32 long_tiles:*i32 num_spans:i32 table_stride:i32 "
             "kv_heads:i32 block_stride:i32 window:i32 scale:fp32 softcap:fp32",
             {
@@ -91,9 +96,9 @@ def attention_cases(arch: str) -> Iterator[Case]:
             prefill.warps,
         )
         yield Case(
-            f"shared {dim} {dtype}",
+            f"shared {dim} {label}",
             shared_attention.shared_kernel,
-            f"query:*{dtype} keys:*{dtype} values:*{dtype} block_tables:*i32 programs:*i32 short_spans:*i32 "
+            f"query:*{dtype} keys:*{kept} values:*{kept} block_tables:*i32 programs:*i32 short_spans:*i32 "
             "shared_out:*fp32 shared_max:*fp32 shared_sum:*fp32 table_stride:i32 kv_heads:i32 block_stride:i32 "
             "scale:fp32 softcap:fp32",
             {
@@ -106,9 +111,9 @@ def attention_cases(arch: str) -> Iterator[Case]:
             prefill.warps,
         )
         yield Case(
-            f"rotate {dim} {dtype}",
+            f"rotate {dim} {label}",
             rotate_and_store.rotate_and_store_kernel,
-            f"qkv:*{dtype} query_out:*{dtype} keys:*{dtype} values:*{dtype} cos_sin:*fp32 query_weight:*fp32 "
+            f"qkv:*{dtype} query_out:*{dtype} keys:*{kept} values:*{kept} cos_sin:*fp32 query_weight:*fp32 "
             "key_weight:*fp32 positions:*i32 slots:*i64 heads:i32 kv_heads:i32 block_stride:i32 epsilon:fp32",
             {
                 "HEAD_DIM": dim,

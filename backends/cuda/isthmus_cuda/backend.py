@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,9 @@ from isthmus_triton.sampling import TritonSampling
 OLDEST: Final = (8, 0)
 """Compute capability from which bf16 and asynchronous copies are there."""
 
+EIGHT_BIT_FLOATS: Final = (8, 9)
+"""Compute capability from which float8_e4m3fn is converted by the device."""
+
 CAPABILITIES: Final = Capabilities(
     dtypes=("bfloat16", "float16", "float32"),
     kv_dtypes=("bfloat16", "float16", "float32"),
@@ -35,6 +39,12 @@ CAPABILITIES: Final = Capabilities(
 )
 
 
+def capabilities_of(capability: tuple[int, int]) -> Capabilities:
+    if capability < EIGHT_BIT_FLOATS:
+        return CAPABILITIES
+    return replace(CAPABILITIES, kv_dtypes=(*CAPABILITIES.kv_dtypes, "float8_e4m3fn"))
+
+
 class CudaBackend:
     """:class:`isthmus.contract.Backend` of one CUDA device."""
 
@@ -44,14 +54,16 @@ class CudaBackend:
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)
         self._arch = f"sm_{properties.major}{properties.minor}"
+        self._capabilities = capabilities_of((properties.major, properties.minor))
+        eight_bits = "float8_e4m3fn" in self._capabilities.kv_dtypes
         table = launch_table(self._arch)
         self._memory = StreamMemory(device)
         units = properties.multi_processor_count
         self._flash = find_flash(self._arch, flash)
         self._attention = (
-            TritonAttention(device, table, units)
+            TritonAttention(device, table, units, eight_bit_cache=eight_bits)
             if self._flash.function is None
-            else FlashAttention(device, table, units, self._flash.function)
+            else FlashAttention(device, table, units, self._flash.function, eight_bit_cache=eight_bits)
         )
         self._ops = TritonOps(device, table)
         self._sampling = TritonSampling(device, table)
@@ -69,7 +81,7 @@ class CudaBackend:
 
     @property
     def capabilities(self) -> Capabilities:
-        return CAPABILITIES
+        return self._capabilities
 
     @property
     def attention(self) -> TritonAttention:

@@ -67,8 +67,16 @@ class _FlashPlanning(StepPlanning):
 class FlashAttention(TritonAttention):
     """:class:`TritonAttention` whose long spans FlashAttention-3 attends, in the dtypes and widths it knows."""
 
-    def __init__(self, device: torch.device, table: LaunchTable, compute_units: int, function: FlashFunction) -> None:
-        super().__init__(device, table, compute_units)
+    def __init__(
+        self,
+        device: torch.device,
+        table: LaunchTable,
+        compute_units: int,
+        function: FlashFunction,
+        *,
+        eight_bit_cache: bool = False,
+    ) -> None:
+        super().__init__(device, table, compute_units, eight_bit_cache=eight_bit_cache)
         self._flash = function
 
     def plan(self, inputs: StepInputs) -> StepPlanning:
@@ -97,6 +105,7 @@ class FlashAttention(TritonAttention):
         inputs: StepInputs,
     ) -> bool:
         known = query.dtype in (torch.bfloat16, torch.float16) and layer.head_dim in HEAD_DIMS
+        known = known and cache.keys.dtype == query.dtype  # an 8-bit cache would need 8-bit queries
         if not known or not isinstance(plan, _FlashPlanning) or plan.long is None:
             return super().attend_long(query, cache, out, layer, plan, inputs)
         long = plan.long

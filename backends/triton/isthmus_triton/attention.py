@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
-from isthmus.errors import OutOfMemory
+from isthmus.errors import OutOfMemory, Unsupported
 from isthmus.reference.dtypes import torch_dtype
 from isthmus_triton.kernels.decode_attention import (
     DecodeScratch,
@@ -72,11 +72,15 @@ class TritonAttention:
     """:class:`isthmus.contract.Attention`.
 
     ``compute_units`` is the number of the device's processors; the decode kernel's grid is a fixed
-    multiple of it.  Nothing here reads the device, so a whole step can be captured.
+    multiple of it.  ``eight_bit_cache`` says whether the device's compiler knows 8-bit floats.
+    Nothing here reads the device, so a whole step can be captured.
     """
 
-    def __init__(self, device: torch.device, table: LaunchTable, compute_units: int) -> None:
+    def __init__(
+        self, device: torch.device, table: LaunchTable, compute_units: int, *, eight_bit_cache: bool = False
+    ) -> None:
         self._device = device
+        self._eight_bit_cache = eight_bit_cache
         self._table = table
         self._compute_units = compute_units
         self._buffers: dict[_Shape, PlanBuffers] = {}
@@ -90,7 +94,10 @@ class TritonAttention:
 
     def allocate(self, layers: Sequence[AttentionSpec], limits: Limits, kv_dtype: str) -> Sequence[BlockCache]:
         dtype = torch_dtype(kv_dtype)
-        self._itemsize = dtype.itemsize
+        if dtype.itemsize == 1 and not self._eight_bit_cache:
+            raise Unsupported(f"this device keeps no KV in {kv_dtype}; ask for a 16-bit dtype")
+        # Tiles are computed in 16 bits at least, whatever they are read from.
+        self._itemsize = max(2, dtype.itemsize)
         self._block_size = limits.block_size
         caches = []
         try:

@@ -48,6 +48,15 @@ def key_offsets(blocks, tile, block_stride, KEY_TILE: tl.constexpr, BLOCK_SIZE: 
 
 
 @triton.jit
+def for_products(q, keys):
+    """``q`` in the dtype in which it meets keys and values: float16 where those are 8-bit floats, since
+    float16 holds them exactly and devices widen to it in one instruction."""
+    if keys.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)
+    return q
+
+
+@triton.jit
 def softcapped(scores, softcap):
     """``softcap * tanh(scores / softcap)``, by the exponential: no vendor's library."""
     turned = tl.exp(-2.0 * tl.abs(scores / softcap))
@@ -179,7 +188,7 @@ def decode_kernel(
         token = first_token + row // GROUP
         query_at = (token * heads + head * GROUP + row % GROUP).to(tl.int64) * HEAD_DIM
         row_mask = row_ok[:, None] & dim_ok[None, :]
-        q = tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0)
+        q = for_products(tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0), keys)
         query_position = context - length + row // GROUP
 
         acc = tl.zeros((ROWS, DIM), tl.float32)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, StepInputs
-from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, key_offsets, key_slots, softcapped
+from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, for_products, key_offsets, key_slots, softcapped
 from isthmus_triton.kernels.plan import PlanBuffers
 from isthmus_triton.launch import PrefillLaunch
 
@@ -136,7 +136,7 @@ def prefill_kernel(
         heads = kv_heads * GROUP
         query_at = ((first_token + row // GROUP) * heads + head * GROUP + row % GROUP).to(tl.int64) * HEAD_DIM
         row_mask = (row < length * GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-        q = tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0)
+        q = for_products(tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0), keys)
         query_position = start + row // GROUP
         low_position = start + first_row // GROUP
         high_position = tl.minimum(start + (first_row + QUERY_TILE - 1) // GROUP, context - 1)

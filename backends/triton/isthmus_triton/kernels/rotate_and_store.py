@@ -11,6 +11,16 @@ from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overl
 
 
 @triton.jit
+def kept_in(cache, x):
+    """``x`` in the cache's dtype.  Beyond an 8-bit float's range it becomes the largest one; a NaN stays one."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        x = x.to(tl.float32)
+        x = tl.minimum(x, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(x, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit
 def rotate_and_store_kernel(
     qkv,  # [tokens, heads + 2 * kv_heads, head_dim]
     query_out,  # [tokens, heads, head_dim]
@@ -86,9 +96,10 @@ def rotate_and_store_kernel(
     key_head = (head - heads)[:, None]
     value_head = (head - heads - kv_heads)[:, None]
     head_stride: tl.constexpr = BLOCK_SIZE * HEAD_DIM
-    kept: tl.constexpr = keys.dtype.element_ty
-    tl.store(keys + place + key_head * head_stride + dim[None, :], rotated.to(kept), mask=mask & is_key[:, None])
-    tl.store(values + place + value_head * head_stride + dim[None, :], mine.to(kept), mask=mask & is_value[:, None])
+    tl.store(keys + place + key_head * head_stride + dim[None, :], kept_in(keys, rotated), mask=mask & is_key[:, None])
+    tl.store(
+        values + place + value_head * head_stride + dim[None, :], kept_in(values, mine), mask=mask & is_value[:, None]
+    )
 
 
 def rotate_and_store(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec
-from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, SharedScratch
+from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, SharedScratch, for_products
 from isthmus_triton.kernels.plan import SHARED_ROWS, PlanBuffers
 from isthmus_triton.kernels.prefill_attention import attend_tiles
 from isthmus_triton.launch import DecodeLaunch, PrefillLaunch
@@ -63,7 +63,7 @@ def shared_kernel(
             token = tl.load(short_spans + (row // GROUP) * 8 + 1, mask=row_ok, other=0)
             query_at = (token * kv_heads * GROUP + head * GROUP + row % GROUP).to(tl.int64) * HEAD_DIM
             row_mask = row_ok[:, None] & (dim < HEAD_DIM)[None, :]
-            q = tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0)
+            q = for_products(tl.load(query + query_at[:, None] + dim[None, :], mask=row_mask, other=0.0), keys)
             acc = tl.zeros((_SHARED_ROWS, DIM), tl.float32)
             top = tl.full((_SHARED_ROWS,), LOWEST, tl.float32)
             total = tl.zeros((_SHARED_ROWS,), tl.float32)
