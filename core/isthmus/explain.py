@@ -16,6 +16,7 @@ from isthmus.config import EngineOptions
 from isthmus.contract import Backend, Capabilities, ExecutorBackend, GraphScope, ShapePolicy
 from isthmus.errors import OutOfMemory
 from isthmus.plugins import Selection, select_backend
+from isthmus.refusals import refusals
 
 if TYPE_CHECKING:
     from isthmus.executor.sizing import StepLimits
@@ -148,6 +149,7 @@ def _own_executor(options: EngineOptions, backend: ExecutorBackend, selection: S
         span_buckets=c.span_buckets,
         steps_in_flight=c.max_steps_in_flight if options.scheduler.overlap else 1,
         providers=backend.providers(),
+        downgrades=tuple(refusals(c)),
         passed_over=selection.passed_over,
     )
 

@@ -16,7 +16,7 @@ from isthmus.config import BackendOptions, CacheOptions, EngineOptions, ModelOpt
 from isthmus.contract import CONTRACT_VERSION
 from isthmus.engine.local import LocalEngine
 from isthmus.engine.messages import AddRequest, FinishReason, TokensOut, pack_tokens
-from isthmus.errors import BackendError, ContractMismatch, EngineDead, OutOfMemory
+from isthmus.errors import BackendError, ContractMismatch, EngineDead, InvalidRequest, OutOfMemory
 from isthmus.plugins import open_backend, select_backend
 from isthmus.sampling_params import RowSampling
 from isthmus.testing.tiny_model import write_tiny_model
@@ -202,6 +202,46 @@ def test_a_device_that_keeps_dying_ends_the_engine(engine: LocalEngine) -> None:
     with pytest.raises(EngineDead, match="3 times in a row, last with: RuntimeError: the device fell off the bus"):
         for _ in range(4):
             run(engine, [[DEADLY_TOKEN]])
+
+
+FEW = """
+import dataclasses
+PARTS = dict(capabilities=dataclasses.replace(REFERENCE_CAPABILITIES, {absent}=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("absent", "sampling", "says"),
+    [
+        ("logprobs", RowSampling(max_tokens=2, num_logprobs=3), "logprobs is 3, and this device does not give"),
+        ("prompt_logprobs", RowSampling(max_tokens=2, num_prompt_logprobs=0), "prompt_logprobs is 0, and this"),
+    ],
+)
+def test_what_is_not_declared_is_refused_before_it_runs(
+    install: Callable[[str], None],
+    model: str,
+    absent: str,
+    sampling: RowSampling,
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    install(PLUGIN.format(part=FEW.format(absent=absent)))
+    with caplog.at_level("INFO"):
+        engine = start(model)
+    try:
+        asked = AddRequest(request_id=engine.next_request_id(), prompt=pack_tokens([1, 2]), sampling=sampling)
+        with pytest.raises(InvalidRequest, match=says) as raised:
+            list(engine.generate([asked]))
+        assert raised.value.param == absent and "\n" not in str(raised.value)
+        assert engine.stats.steps == 0
+        assert "refused: the backend does not declare them" in caplog.text
+        other = {"logprobs": "num_prompt_logprobs", "prompt_logprobs": "num_logprobs"}[absent]
+        served = RowSampling(max_tokens=2, **{other: 1})
+        asked = AddRequest(request_id=engine.next_request_id(), prompt=pack_tokens([1, 2]), sampling=served)
+        *_, last = engine.generate([asked])
+        assert last.finish_reason is FinishReason.LENGTH
+    finally:
+        engine.close()
 
 
 MAJOR, MINOR = CONTRACT_VERSION

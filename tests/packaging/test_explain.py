@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from typer.testing import CliRunner
 from isthmus.config import BackendOptions, CacheOptions, EngineOptions, ModelOptions, SchedulerOptions
 from isthmus.errors import Unsupported
 from isthmus.explain import explain
+from isthmus.reference import REFERENCE_CAPABILITIES
+from isthmus.testing.null import NullBackend
 from isthmus.testing.tiny_model import write_tiny_model
+from isthmus_cpu.backend import CpuBackend
 from isthmus_server.cli.app import app
 
 
@@ -49,6 +53,16 @@ def test_downgrades_come_with_their_reasons(model: Path) -> None:
     notes = "\n".join(explain(options(model, scheduler=SchedulerOptions(overlap=False))).downgrades)
     assert "every step runs eagerly: the backend declares no graph capture" in notes
     assert "overlap is switched off" in notes
+
+
+def test_what_will_be_refused_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dataclasses.replace(REFERENCE_CAPABILITIES, logprobs=False, prompt_logprobs=False)
+    monkeypatch.setattr(CpuBackend, "capabilities", few)
+    monkeypatch.setattr(NullBackend, "capabilities", few)
+    for device in ("cpu", "null"):
+        notes = explain(options(model, device=device)).downgrades
+        assert "log-probabilities are refused: the backend does not declare them" in notes
+        assert "log-probabilities of prompts are refused: the backend does not declare them" in notes
 
 
 def test_what_does_not_fit_is_said_and_not_raised(model: Path) -> None:

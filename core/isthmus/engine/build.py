@@ -13,6 +13,7 @@ from isthmus.engine.core import EngineCore
 from isthmus.engine.messages import EngineReady
 from isthmus.errors import BackendError
 from isthmus.plugins import select_backend
+from isthmus.refusals import refusals
 from isthmus.scheduler import Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,13 @@ def build_engine(options: EngineOptions, progress: bool = True) -> tuple[EngineC
         running.executor.limits.block_size,
         prefix_caching=options.cache.prefix_caching,
     )
-    core = EngineCore(Scheduler(limits, blocks), running.executor, max_steps_in_flight=depth, on_close=backend.close)
+    core = EngineCore(
+        Scheduler(limits, blocks),
+        running.executor,
+        capabilities=backend.capabilities,
+        max_steps_in_flight=depth,
+        on_close=backend.close,
+    )
     return core, _ready(limits, running, backend)
 
 
@@ -73,6 +80,8 @@ def _own_executor(backend: Backend | ExecutorBackend, options: EngineOptions) ->
         return None
     made = backend.create_executor(options)
     if made is not None:
+        for note in refusals(backend.capabilities):
+            logger.info("%s", note)
         return _Running(*made)
     if not isinstance(backend, Backend):
         raise BackendError(

@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from isthmus.contract import StepExecutor
+from isthmus.contract import Capabilities, StepExecutor
 from isthmus.engine.messages import AddRequest, EngineStats, TokensOut, unpack_tokens
 from isthmus.errors import EngineDead, InvalidRequest
+from isthmus.refusals import check_declared
 
 if TYPE_CHECKING:
     from isthmus.scheduler import Scheduler
@@ -32,7 +33,8 @@ class EngineCore:
     """Drives a scheduler and an executor.  One thread calls it; nothing here waits but for the device.
 
     A step that the device fails ends the requests in it, with :attr:`FinishReason.ERROR`, and no
-    others.  After three failures in a row :meth:`step` raises :class:`EngineDead`.
+    others.  After three failures in a row :meth:`step` raises :class:`EngineDead`.  Requests for what
+    ``capabilities`` does not declare are refused; without them, none for that.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class EngineCore:
         scheduler: Scheduler,
         executor: StepExecutor,
         *,
+        capabilities: Capabilities | None = None,
         max_steps_in_flight: int | None = None,
         on_close: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -49,6 +52,7 @@ class EngineCore:
         assert self._depth >= 1, "an executor must take at least one step"
         self._scheduler = scheduler
         self._executor = executor
+        self._capabilities = capabilities or Capabilities()
         self._vocab_size = executor.limits.vocab_size
         self._on_close = on_close
         self._in_flight: deque[_InFlight] = deque()
@@ -162,6 +166,7 @@ class EngineCore:
                 f"{self._vocab_size - 1}",
                 param="prompt",
             )
+        check_declared(request.sampling, self._capabilities)
 
 
 def describe(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from isthmus.config import EngineOptions
 from isthmus.contract import Capabilities, GraphScope
 from isthmus.model.spec import ModelSpec
+from isthmus.refusals import refusals
 
 
 def downgrades(
@@ -21,9 +22,7 @@ def downgrades(
         declared = ", ".join(capabilities.kv_dtypes)
         notes.append(f"keys and values are {kv_dtype}, not {dtype}: the backend declares {declared}")
     notes += _step_notes(options, capabilities)
-    if not capabilities.logprobs:
-        notes.append("log-probabilities are refused: the backend does not declare them")
-    return notes
+    return notes + refusals(capabilities)
 
 
 def _step_notes(options: EngineOptions, capabilities: Capabilities) -> list[str]:
