@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from unittest.mock import Mock
 
-from isthmus.contract import DeviceInfo
-from isthmus.errors import BackendError, BackendUnavailable
+import pytest
+import torch
+
+from isthmus.contract import AttentionSpec, DeviceInfo
+from isthmus.errors import BackendError, BackendUnavailable, Unsupported
+from isthmus.executor.sizing import choose_kv_dtype
 from isthmus_cuda import probe
-from isthmus_cuda.backend import open_backend
-from isthmus_cuda.flash import find_flash
+from isthmus_cuda.backend import capabilities_of, open_backend
+from isthmus_cuda.flash import FlashAttention, _FlashPlanning, _LongSpans, find_flash
 from isthmus_cuda.probe import _Seen, _visible
+from isthmus_triton.attention import BlockCache, TritonAttention
+from isthmus_triton.launch import FALLBACK
 
 DEVICES = [_Seen("first", 80, "GPU-aaaa"), _Seen("second", 80, "GPU-bbbb")]
 INFO = DeviceInfo(backend="cuda", index=0, name="a card")
@@ -55,3 +61,30 @@ def test_why_there_is_no_flash_attention() -> None:
     assert "sm_80" in find_flash("sm_80", "auto").reason
     provider = find_flash("sm_90", "auto")
     assert provider.function is not None or "FlashAttention-3" in provider.reason
+
+
+def test_a_cache_of_8_bits_needs_a_device_that_converts_them() -> None:
+    assert "float8_e4m3fn" not in capabilities_of((8, 0)).kv_dtypes
+    assert all("float8_e4m3fn" in capabilities_of(capability).kv_dtypes for capability in ((8, 9), (9, 0), (12, 0)))
+    assert choose_kv_dtype("fp8", "bfloat16", capabilities_of((9, 0)), "cuda") == "float8_e4m3fn"
+    with pytest.raises(Unsupported, match="not in 'float8_e4m3fn'"):
+        choose_kv_dtype("fp8", "bfloat16", capabilities_of((8, 0)), "cuda")
+
+
+@pytest.mark.parametrize(("kept", "flash"), [(torch.bfloat16, True), (torch.float8_e4m3fn, False)])
+def test_flash_attention_takes_a_cache_in_the_queries_dtype_alone(
+    monkeypatch: pytest.MonkeyPatch, kept: torch.dtype, flash: bool
+) -> None:
+    called = []
+    monkeypatch.setattr(TritonAttention, "attend_long", lambda *arguments: called.append("triton"))
+    attention = FlashAttention(
+        torch.device("cpu"), FALLBACK, 3, lambda *arguments, **more: called.append("flash"), eight_bit_cache=True
+    )
+    layer = AttentionSpec(heads=2, kv_heads=1, head_dim=64, scale=0.125)
+    query = torch.zeros(9, 2, 64, dtype=torch.bfloat16)
+    cache = BlockCache(*(torch.zeros(3, 1, 16, 64, dtype=kept) for _ in range(2)))
+    one = torch.zeros(1, dtype=torch.int32)
+    plan = _FlashPlanning({}, {}, {}, False, _LongSpans(one, one, one[None], True))
+    inputs = Mock(max_query_length=9)
+    attention.attend_long(query, cache, torch.zeros(9, 128, dtype=torch.bfloat16), layer, plan, inputs)
+    assert called == ["flash" if flash else "triton"]

@@ -17,6 +17,8 @@ from isthmus.model.spec import ModelSpec
 
 SHORTEST_USEFUL: Final = 256
 """Tokens below which a length that nobody asked for is not lowered any further."""
+SHORT_KV_DTYPES: Final = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+"""What other engines call them."""
 UNIFIED_SHARE: Final = 4
 """The cache takes at most one part in this many of a host's available memory, unless asked."""
 UNIFIED_TOKENS_PER_ROW: Final = 256
@@ -34,6 +36,7 @@ def choose_dtype(asked: str, checkpoint: str, capabilities: Capabilities, backen
 
 
 def choose_kv_dtype(asked: str, dtype: str, capabilities: Capabilities, backend: str) -> str:
+    asked = SHORT_KV_DTYPES.get(asked, asked)
     if asked == "auto":
         return dtype if dtype in capabilities.kv_dtypes else capabilities.kv_dtypes[0]
     if asked not in capabilities.kv_dtypes:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from isthmus.contract import AttentionSpec
 
-TOLERANCE: Final = {"float32": 2e-4, "float16": 4e-3, "bfloat16": 3e-2}
+TOLERANCE: Final = {"float32": 2e-4, "float16": 4e-3, "bfloat16": 3e-2, "float8_e4m3fn": 7e-2}
 """Of an element's own size and of the largest there is: room for another order of sums, for products
-in a dtype and for one rounding of the result, not for a missing term."""
+in a dtype and for one rounding of the result, not for a missing term.  The last is of attention over a
+cache in that dtype: one of its steps, where what is kept lies near the middle of two."""
 
 
 def require_close(actual: Tensor, expected: Tensor, dtype: str, what: str) -> None:
@@ -44,6 +45,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     x = x.double()
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight.double()
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn, the largest one beyond its range."""
+    return x.clamp(-448.0, 448.0).float().to(torch.float8_e4m3fn).double()
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

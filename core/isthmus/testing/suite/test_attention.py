@@ -14,13 +14,14 @@ from torch import Tensor
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec
 from isthmus.errors import OutOfMemory, Unsupported
 from isthmus.testing.device import DeviceUnderTest
-from isthmus.testing.suite.golden import attend, random, require_close, rms_norm, rotate
+from isthmus.testing.suite.golden import attend, eight_bits, random, require_close, rms_norm, rotate
 from isthmus.testing.suite.steps import Span, Starting, Stepper, fitting, mixable, plan_of
 
 pytestmark = [pytest.mark.requires_parts]
 
 MAX_LEN, EPSILON = 384, 1e-6
 DTYPES = ["float32", "bfloat16", "float16"]
+EIGHT_BITS = "float8_e4m3fn"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,6 +37,7 @@ class Case:
     norm: bool = False
     seed: int = 0
     rows: int = 6
+    value_scale: float = 1.0
     keys: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     blocks: dict[int, list[int]] = dataclasses.field(default_factory=dict)
@@ -74,8 +76,12 @@ class Case:
     @property
     def tolerance(self) -> str:
         """The coarser of the two dtypes decides."""
-        order = ("float32", "float16", "bfloat16")
+        order = ("float32", "float16", "bfloat16", EIGHT_BITS)
         return max(self.dtype, self.kv_dtype, key=order.index)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """What a cache of 8 bits makes of float64 keys or values: too coarse to be left to a tolerance."""
+        return eight_bits(x) if self.kv_dtype == EIGHT_BITS else x
 
     def computed(self, row: int) -> int:
         return len(self.keys[row]) if row in self.keys else 0
@@ -118,6 +124,7 @@ class Case:
         hidden = self.device.hidden_dtype(self.dtype)
         heads = layer.heads + 2 * layer.kv_heads
         numbers = random(plan.num_tokens, heads * self._dim, seed=1000 * self.seed + self.steps)
+        numbers[:, (layer.heads + layer.kv_heads) * self._dim :] *= self.value_scale
         numbers = numbers.to(getattr(torch, self.dtype)).to(hidden)
 
         def step() -> tuple[Tensor, Tensor]:
@@ -142,10 +149,10 @@ class Case:
                 q, k = rms_norm(q, self.norms[0], EPSILON), rms_norm(k, self.norms[1], EPSILON)
             positions = torch.arange(span.start, span.start + span.length)
             q, k = rotate(q, self.cos_sin, positions), rotate(k, self.cos_sin, positions)
-            self.keys[span.row] = torch.cat((self.keys[span.row], k))
-            self.values[span.row] = torch.cat((self.values[span.row], v))
+            self.keys[span.row] = torch.cat((self.keys[span.row], self.kept(k)))
+            self.values[span.row] = torch.cat((self.values[span.row], self.kept(v)))
             what = f"step {self.steps}, row {span.row}, positions {span.start} to {span.start + span.length - 1}"
-            require_close(query[where], q, self.tolerance, f"queries of {what}")
+            require_close(query[where], q, self.dtype, f"queries of {what}")
             expected = attend(q, self.keys[span.row], self.values[span.row], span.start, layer)
             require_close(attended[where], expected, self.tolerance, f"attention of {what}")
 
@@ -194,7 +201,7 @@ def test_mixtures_of_spans_over_random_block_tables(base: dict[str, Any], seed: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", [*DTYPES, EIGHT_BITS])
 def test_dtypes(isthmus_device: DeviceUnderTest, dtype: str, kv_dtype: str) -> None:
     capabilities = isthmus_device.capabilities
     for name, declared in ((dtype, capabilities.dtypes), (kv_dtype, capabilities.kv_dtypes)):
@@ -203,6 +210,12 @@ def test_dtypes(isthmus_device: DeviceUnderTest, dtype: str, kv_dtype: str) -> N
     block_size = capabilities.block_sizes[0]
     case = Case(device=isthmus_device, layer=spec(), dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, seed=5)
     case.mixture(8)
+
+
+def test_numbers_beyond_a_cache_of_8_bits_become_its_largest(base: dict[str, Any]) -> None:
+    if EIGHT_BITS not in base["device"].capabilities.kv_dtypes:
+        pytest.skip(f"undeclared: {EIGHT_BITS}")
+    Case(**base | {"kv_dtype": EIGHT_BITS}, layer=spec(), seed=16, value_scale=400.0).mixture(6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (8, 1), (9, 3), (28, 4)])
