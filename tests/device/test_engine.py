@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from isthmus import LLM, SamplingParams
+from isthmus.errors import Unsupported
 
 Make = Callable[..., Path]
 PROMPT_LENGTHS = (1, 5, 16, 17, 63, 64, 65, 130, 257, 600)
@@ -95,3 +96,24 @@ def test_bf16_logprobs_are_near_the_cpus(device_name: str, tiny_model: Make) -> 
         assert len(mine) == len(theirs)
         if mine:  # of tokens at random, so logits of some tens
             assert np.abs(np.array(mine) - np.array(theirs)).mean() < 0.15
+
+
+def test_a_cache_of_8_bits_holds_twice_the_tokens_and_gives_nearly_the_same(device_name: str, tiny_model: Make) -> None:
+    model = tiny_model("llama", torch.bfloat16)
+    params = SamplingParams(temperature=0.0, max_tokens=8, prompt_logprobs=0, ignore_eos=True)
+    found, blocks = [], []
+    for kv_dtype in ("bfloat16", "fp8"):
+        try:
+            llm = LLM(
+                str(model), device=device_name, dtype="bfloat16", kv_cache_dtype=kv_dtype, skip_tokenizer_init=True,
+                max_model_len=1024, progress=False, kv_cache_memory=64 * 2**20, max_num_batched_tokens=512,
+            )  # fmt: skip
+        except Unsupported as error:
+            pytest.skip(str(error))
+        with llm:
+            outputs = llm.generate(prompts(), params, use_tqdm=False)
+            found.append([entry.logprob for output in outputs for entry in output.prompt_logprobs if entry])
+            blocks.append(llm.ready.num_blocks)
+    assert blocks[1] >= 2 * blocks[0]
+    # Of tokens at random, so logits of some tens; a cache that was read wrongly is tens away.
+    assert np.abs(np.array(found[0]) - np.array(found[1])).mean() < 0.5
