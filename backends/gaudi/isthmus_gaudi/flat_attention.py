@@ -121,9 +121,9 @@ def flat_paged_attention(
 
     peaks, parts = _attend_blocks(spread, keys, values, blocks, block_size, layer)
 
-    # Padded blocks have a place of their own after the spans', so that none of these can index out of range.
-    places = blocks.groups.masked_fill(blocks.groups < 0, spans)
-    lowest = torch.full((spans + 1, heads), UNSEEN, dtype=torch.float32, device=query.device)
+    # A padded block's peak is the lowest there is, so it may stand with span 0's and changes nothing.
+    places = blocks.groups.clamp(min=0)
+    lowest = torch.full((spans, heads), UNSEEN, dtype=torch.float32, device=query.device)
     span_peaks = lowest.index_reduce(0, places, peaks, "amax", include_self=True)
     parts = parts * torch.exp(peaks - span_peaks.index_select(0, places))[..., None]
 
