@@ -135,11 +135,12 @@ def ragged_paged_attention(
     """Causal attention of packed spans over paged keys and values: [tokens, heads, head_dim].
 
     ``query`` [tokens, heads, head_dim]; ``keys`` and ``values`` [slots, cache_width], all of one
-    dtype, bfloat16 or float32; a slot's numbers past its heads are finite.  ``block_tables`` int32 [spans, max_blocks], ``query_starts``
-    int32 [spans + 1] where each span begins in ``query`` (the first is 0; no gaps),
-    ``context_lengths`` int32 [spans] keys of the span's sequence, its own queries included.  The
-    first ``num_spans`` (int32 [1]) spans count, at most one a token; what the arrays hold past them
-    is not used, nor is what a block table holds past the context.  Tokens past the last span give 0.
+    dtype, bfloat16 or float32; a slot's numbers past its heads are finite.  ``block_tables`` int32
+    [spans, max_blocks], ``query_starts`` int32 [spans + 1] where each span begins in ``query`` (the
+    first is 0; no gaps), ``context_lengths`` int32 [spans] keys of the span's sequence, its own
+    queries included.  The first ``num_spans`` (int32 [1]) spans count, at most one a token; what the
+    arrays hold past them is not used, nor is what a block table holds past the context.  Tokens past
+    the last span give 0.
 
     The query at position ``p`` sees keys ``max(0, p - window + 1) ... p``; ``window`` 0 is all.
     Scores are scaled by ``scale``, then capped to ``softcap * tanh(scores / softcap)`` where
@@ -328,7 +329,7 @@ def _kernel(
 
     def chunk_range(tile: Any) -> tuple[Any, Any]:
         begin, end = key_range(tile)
-        return begin // shape.chunk, pl.cdiv(end, shape.chunk)
+        return lax.div(begin, shape.chunk), _blocks(end, shape.chunk)
 
     def copies(tile: Any, blocks: Any, chunk: Any, into: Any, act: Any) -> None:
         """``act`` on the copy of each block of the chunk that the tile needs."""
@@ -341,8 +342,8 @@ def _kernel(
             act(pltpu.make_async_copy(keys.at[source], key_halves.at[into, target], semaphores.at[into, 0]))
             act(pltpu.make_async_copy(values.at[source], value_halves.at[into, target], semaphores.at[into, 1]))
 
-        low = jnp.maximum(begin // size, first)
-        high = jnp.minimum(pl.cdiv(end, size), first + shape.chunk_blocks)
+        low = jnp.maximum(lax.div(begin, size), first)
+        high = jnp.minimum(_blocks(end, size), first + shape.chunk_blocks)
         lax.fori_loop(low, high, block, None)
 
     def start(tile: Any, blocks: Any, chunk: Any, into: Any) -> None:
@@ -361,7 +362,7 @@ def _kernel(
 
         row = lax.broadcasted_iota(jnp.int32, (shape.rows, shape.chunk), 0)
         # Rows past the tile's queries do as its last one does; they are dropped.
-        at = positions[tile] + jnp.minimum(row // shape.queries % shape.query_tile, lengths[tile] - 1)
+        at = positions[tile] + jnp.minimum(lax.rem(lax.div(row, shape.queries), shape.query_tile), lengths[tile] - 1)
         key = first + lax.broadcasted_iota(jnp.int32, (shape.rows, shape.chunk), 1)
         seen = key <= at
         if shape.window:
@@ -393,7 +394,7 @@ def _kernel(
         base = half[0]
 
         def walk(chunk: Any, carry: None) -> None:
-            now = (base + chunk - first) % 2
+            now = lax.rem(base + chunk - first, 2)
 
             @pl.when(chunk + 1 < end)
             def _() -> None:
@@ -407,8 +408,13 @@ def _kernel(
             attend(chunk, now)
 
         lax.fori_loop(first, end, walk, None)
-        half[0] = (base + end - first) % 2
+        half[0] = lax.rem(base + end - first, 2)
         out[...] = (weighted[...] / sums[:, :, :1]).astype(out.dtype)
+
+
+def _blocks(keys: Any, size: int) -> Any:
+    """Blocks of ``size`` that hold ``keys``.  Not ``//``, whose sign rules ask which chip this is for."""
+    return lax.div(keys + size - 1, size)
 
 
 def _attend_group(
