@@ -37,9 +37,7 @@ using Stack = std::vector<IValue>;
 
 const c10::Device kHere(c10::DeviceType::PrivateUse1, 0);
 
-std::string name_of_device() {
-  return c10::get_privateuse1_backend();
-}
+std::string name_of_device() { return c10::get_privateuse1_backend(); }
 
 // ---------------------------------------------------------------------------------------------------- accounting
 
@@ -72,9 +70,7 @@ void take(size_t bytes) {
   }
 }
 
-void give_back(size_t bytes) {
-  accounts.in_use -= bytes;
-}
+void give_back(size_t bytes) { accounts.in_use -= bytes; }
 
 void count_to_host(int64_t bytes) {
   accounts.to_host += 1;
@@ -286,9 +282,9 @@ const Tensor& resize(const Tensor& tensor, c10::SymIntArrayRef size, std::option
 
 // The shape of what these return depends on the data, or the host reads it.
 const std::set<std::string> data_dependent = {
-    "aten::nonzero",       "aten::masked_select",   "aten::equal",      "aten::_unique",
-    "aten::_unique2",      "aten::unique_dim",      "aten::bincount",   "aten::unique_consecutive",
-    "aten::is_nonzero",    "aten::unique_dim_consecutive", "aten::_linalg_check_errors",
+    "aten::nonzero",    "aten::masked_select", "aten::equal",    "aten::_unique",
+    "aten::_unique2",   "aten::unique_dim",    "aten::bincount", "aten::unique_consecutive",
+    "aten::is_nonzero", "aten::unique_dim_consecutive",
 };
 
 class HostCall {
@@ -486,27 +482,14 @@ void fake_device_reset_counts() {
   accounts.from_host = accounts.from_host_bytes = 0;
 }
 
-void fake_device_reset_peak() {
-  accounts.peak = accounts.in_use.load();
-}
+void fake_device_reset_peak() { accounts.peak = accounts.in_use.load(); }
 
-void fake_device_set_limit(int64_t bytes) {
-  accounts.limit = bytes;
-}
+void fake_device_set_limit(int64_t bytes) { accounts.limit = bytes; }
 
-void fake_device_fail_next_over(int64_t bytes) {
-  accounts.fail_over = bytes;
-}
+void fake_device_fail_next_over(int64_t bytes) { accounts.fail_over = bytes; }
 
-void fake_device_enter_graph() {
-  graphs_running += 1;
-}
-
-void fake_device_leave_graph() {
-  graphs_running -= 1;
-}
-
-int fake_device_in_graph() {
-  return graphs_running;
+// How many graphs run on this thread, after `change`: 1 enters one, -1 leaves it, 0 asks.
+int fake_device_graphs(int change) {
+  return graphs_running += change;
 }
 }

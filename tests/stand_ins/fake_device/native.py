@@ -44,10 +44,10 @@ class Native:
         self._library.fake_device_fail_next_over(num_bytes)
 
     def enter_graph(self) -> None:
-        self._library.fake_device_enter_graph()
+        self._library.fake_device_graphs(1)
 
     def leave_graph(self) -> None:
-        self._library.fake_device_leave_graph()
+        self._library.fake_device_graphs(-1)
 
     def is_in_graph(self) -> bool:
-        return bool(self._library.fake_device_in_graph())
+        return self._library.fake_device_graphs(0) > 0
