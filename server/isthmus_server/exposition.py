@@ -116,6 +116,8 @@ class EngineCollector(Collector):
             yield self._counter(f"vllm:{name}", text, value)
         yield self._counter("isthmus:engine_steps", "Steps that the engine has taken.", stats.steps)
         yield self._counter("isthmus:computed_tokens", "Positions that the device has computed.", stats.computed_tokens)
+        compiled = "Programs that the device had to compile while it served."
+        yield self._counter("isthmus:late_compiles", compiled, stats.late_compiles)
 
     def _server_counters(self) -> Iterator[Metric]:
         seen = self._telemetry

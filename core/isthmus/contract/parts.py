@@ -249,6 +249,21 @@ class Graphs(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsCompiles(Protocol):
+    """What a :class:`Graphs`, or an executor of its own, adds where a shape that was not captured would have to
+    be compiled first."""
+
+    @property
+    def late_compiles(self) -> int:
+        """Programs compiled since :meth:`ready`: each kept requests waiting, and is a fault of the buckets."""
+        ...
+
+    def ready(self) -> None:
+        """Everything that steps need has been captured and has run."""
+        ...
+
+
 class Pending(Protocol[T_co]):
     def result(self) -> T_co:
         """Wait for the work and return its result, or raise what it raised."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from isthmus.contract import Capabilities, StepExecutor
+from isthmus.contract import Capabilities, CountsCompiles, StepExecutor
 from isthmus.engine.messages import AddRequest, EngineStats, TokensOut, unpack_tokens
 from isthmus.errors import EngineDead, InvalidRequest
 from isthmus.refusals import check_declared
@@ -115,7 +115,8 @@ class EngineCore:
         if not self.has_work:
             self._last_progress_s = now
         counters = dataclasses.asdict(self._scheduler.stats())
-        return EngineStats(monotonic_s=now, last_progress_s=self._last_progress_s, **counters)
+        late = self._executor.late_compiles if isinstance(self._executor, CountsCompiles) else 0
+        return EngineStats(monotonic_s=now, last_progress_s=self._last_progress_s, late_compiles=late, **counters)
 
     def close(self) -> None:
         """Wait for the steps in flight, drop what they bring, and close the executor and its device."""

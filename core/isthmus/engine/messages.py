@@ -108,6 +108,8 @@ class EngineStats(_Message, frozen=True, array_like=True, tag="stats"):
     """Tokens asked for and found in the prefix cache."""
     preemptions: int = 0
     invalid_rows: int = 0
+    late_compiles: int = 0
+    """Programs that a device had to compile while it served."""
     step_tokens: tuple[int, ...] = ()
     """Tokens of each step since the last heartbeat (at most 256 of them)."""
 

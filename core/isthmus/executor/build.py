@@ -144,6 +144,7 @@ class _Build:
         stages = [self._warm_up, self._capture]
         for stage in reversed(stages) if self._all_captured else stages:
             stage(executor)
+        executor.ready()
         self.report.providers = self.backend.providers()
         log.info("%s", self.report.summary())
         for note in [*self._downgrades(), *self.report.notes]:

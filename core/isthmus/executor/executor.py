@@ -13,6 +13,7 @@ import torch
 
 from isthmus.contract import (
     Backend,
+    CountsCompiles,
     GraphScope,
     Limits,
     PartlyCapturedSampling,
@@ -102,6 +103,18 @@ class Executor:
     @property
     def max_steps_in_flight(self) -> int:
         return self._max_steps_in_flight
+
+    @property
+    def late_compiles(self) -> int:
+        """See :class:`isthmus.contract.CountsCompiles`."""
+        graphs = self._backend.graphs
+        return graphs.late_compiles if isinstance(graphs, CountsCompiles) else 0
+
+    def ready(self) -> None:
+        """Start-up is over."""
+        graphs = self._backend.graphs
+        if isinstance(graphs, CountsCompiles):
+            graphs.ready()
 
     @property
     def graphs(self) -> StepGraphs:

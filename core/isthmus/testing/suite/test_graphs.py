@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.contract import GraphScope, Limits, StepInputs
+from isthmus.contract import GraphScope, Limits, ShapePolicy, StepInputs, StepShape
 from isthmus.errors import Unsupported
 from isthmus.model.decoder import Decoder
 from isthmus.model.source import read_spec, resolve_model
@@ -90,12 +90,15 @@ class Bench:
         stepper = self.stepper
         return self.device.parts.sampling.sample(logits, inputs, stepper.rows, stepper.state, -1).tokens
 
-    def build(self, size: int) -> StepInputs:
+    def shape(self, size: int) -> StepShape:
+        """Of a step in which ``size`` rows decode, whatever their lengths."""
+        spans = [Span(row, MAX_LEN - 1, 1) for row in range(size)]
+        return self.device.padding(self.stepper.limits).shape(plan_of(0, spans))
+
+    def build(self, shape: StepShape) -> StepInputs:
         """Inputs as a captured step takes them: its counts, and bounds instead of the host's integers."""
-        padding = self.device.padding(self.stepper.limits)
-        shape = padding.shape(plan_of(0, [Span(row, MAX_LEN - 1, 1) for row in range(size)]))
         inputs = self.device.parts.inputs.build(self.stepper.rows, shape)
-        if padding.bucketed:
+        if self.device.capabilities.shapes is ShapePolicy.BUCKETED:
             return inputs
         return dataclasses.replace(inputs, max_query_length=1, max_context_length=MAX_LEN)
 
@@ -120,13 +123,13 @@ def test_a_replayed_forward_gives_the_eager_logits(bench: Bench) -> None:
     """Hidden states of one graph for every size, or logits of a graph of this size."""
     any_size = bench.device.capabilities.graph_any_size
     bench.prefill(20)
-    graphs = bench.device.parts.graphs
+    graphs, shape = bench.device.parts.graphs, bench.shape(bench.rows)
 
     def capture() -> Any:
         bench.upload(bench.decode(bench.rows))
         if not any_size:
-            return graphs.capture(lambda: bench.logits(bench.build(bench.rows)), bench.rows)
-        inputs = bench.build(bench.rows)
+            return graphs.capture(lambda: bench.logits(bench.build(shape)), bench.rows)
+        inputs = bench.build(shape)
         return graphs.capture(lambda: bench.model.forward(inputs, bench.caches), bench.rows)
 
     graph = bench.device.run(capture)
@@ -137,7 +140,7 @@ def test_a_replayed_forward_gives_the_eager_logits(bench: Bench) -> None:
 
         def replay(plan: StepPlan = plan) -> Tensor:
             bench.upload(plan)
-            inputs = bench.build(bench.rows) if any_size else None
+            inputs = bench.build(shape) if any_size else None
             output: Tensor = graph.replay(bench.rows)
             logits = bench.model.logits(output, inputs.sample_tokens) if inputs is not None else output
             return logits[: bench.rows].clone()
@@ -157,13 +160,13 @@ def test_replayed_steps_give_the_eager_tokens(bench: Bench, sampling: dict[str, 
         bench.lengths = [length] * bench.rows
         wanted.append(bench.eager(bench.decode(bench.rows))[1])
     bench.prefill(20, **sampling)
-    sampler = bench.device.parts.sampling
+    sampler, shape = bench.device.parts.sampling, bench.shape(bench.rows)
 
     def capture() -> Any:
         bench.upload(bench.decode(bench.rows))
 
         def step() -> Tensor:
-            inputs = bench.build(bench.rows)
+            inputs = bench.build(shape)
             return bench.sample(bench.logits(inputs), inputs)
 
         return bench.device.parts.graphs.capture(step, bench.rows)
@@ -178,7 +181,7 @@ def test_replayed_steps_give_the_eager_tokens(bench: Bench, sampling: dict[str, 
         def replay(plan: StepPlan = plan) -> list[int]:
             bench.upload(plan)
             if hasattr(sampler, "replayable") and not sampler.replayable(bench.stepper.state):
-                inputs = bench.build(bench.rows)
+                inputs = bench.build(shape)
                 tokens = bench.sample(bench.logits(inputs), inputs)
             else:
                 tokens = graph.replay(bench.rows)

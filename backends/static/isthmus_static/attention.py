@@ -1,0 +1,74 @@
+"""The KV cache of a compiled device, and attention over it by whichever layout the backend chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
+from isthmus.errors import OutOfMemory
+from isthmus.reference.attention import rotate
+from isthmus.reference.dtypes import torch_dtype
+from isthmus.reference.ops import rms_norm
+from isthmus_static.inputs import StaticInputs
+from isthmus_static.layout import AttentionLayout, PagedCache, StaticStepInputs
+
+
+class StaticAttention:
+    """:class:`isthmus.contract.Attention`.  Keys and values are written in place by slot; padding goes to
+    the spare block."""
+
+    def __init__(self, device: torch.device, inputs: StaticInputs, layout: AttentionLayout) -> None:
+        self._device = device
+        self._inputs = inputs
+        self._layout = layout
+
+    def block_bytes(self, layer: AttentionSpec, block_size: int, kv_dtype: str) -> int:
+        return 2 * block_size * layer.kv_heads * layer.head_dim * torch_dtype(kv_dtype).itemsize
+
+    def allocate(self, layers: Sequence[AttentionSpec], limits: Limits, kv_dtype: str) -> Sequence[PagedCache]:
+        dtype, slots = torch_dtype(kv_dtype), limits.num_blocks * limits.block_size
+        try:
+            return [
+                PagedCache(
+                    *(torch.zeros(slots, x.kv_heads, x.head_dim, dtype=dtype, device=self._device) for _ in range(2))
+                )
+                for x in layers
+            ]
+        except (RuntimeError, MemoryError) as error:  # torch has no narrower class for every device
+            total = sum(self.block_bytes(x, limits.block_size, kv_dtype) for x in layers) * limits.num_blocks
+            raise OutOfMemory(
+                f"the KV cache of {limits.num_blocks} blocks takes {total / 2**30:.2f} GiB and could not be allocated; "
+                f"lower max_model_len, max_num_seqs or the cache's memory"
+            ) from error
+
+    def plan(self, inputs: StepInputs) -> Any:
+        assert isinstance(inputs, StaticStepInputs)
+        return self._layout.plan(inputs, self._inputs.buffer, self._inputs.limits)
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        cache: PagedCache,
+        layer: AttentionSpec,
+        rotary: RotarySpec,
+        qk_norm: QkNorm | None,
+        inputs: StepInputs,
+    ) -> Tensor:
+        heads = qkv.view(qkv.shape[0], layer.heads + 2 * layer.kv_heads, layer.head_dim)
+        query, key, value = torch.split(heads, [layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
+        if qk_norm is not None:
+            query = rms_norm(query, qk_norm.query_weight, qk_norm.epsilon)
+            key = rms_norm(key, qk_norm.key_weight, qk_norm.epsilon)
+        cos_sin = rotary.cos_sin.index_select(0, inputs.positions.long())[:, None]  # [tokens, 1, rotary_dim]
+        cos, sin = cos_sin.chunk(2, dim=-1)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        for store, new in ((cache.keys, key), (cache.values, value)):
+            store.index_copy_(0, inputs.slots, new.to(store.dtype))
+        return query
+
+    def attend(self, query: Tensor, cache: PagedCache, layer: AttentionSpec, plan: Any, inputs: StepInputs) -> Tensor:
+        return self._layout.attend(query, cache, layer, plan)

@@ -1,0 +1,104 @@
+"""A whole backend out of a torch device and a Dynamo compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from isthmus.contract import Capabilities, DeviceInfo, Memory
+from isthmus.reference import ReferenceCollectives
+from isthmus_static.attention import StaticAttention
+from isthmus_static.inputs import StaticInputs
+from isthmus_static.layout import AttentionLayout
+from isthmus_static.memory import StaticMemory
+from isthmus_static.ops import StaticOps
+from isthmus_static.programs import Programs
+from isthmus_static.row_attention import RowLayout
+from isthmus_static.sampling import StaticSampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a vendor's package brings."""
+
+    name: str
+    device: DeviceInfo
+    capabilities: Capabilities
+    torch_device: torch.device
+    compiler: str
+    """Name of a Dynamo backend."""
+    providers: dict[str, str]
+    layout: AttentionLayout = field(default_factory=RowLayout)
+    memory: Memory | None = None
+    on_close: Callable[[], None] = lambda: None
+
+
+class StaticBackend:
+    """:class:`isthmus.contract.Backend`."""
+
+    def __init__(self, target: Target) -> None:
+        where = target.torch_device
+        self._target = target
+        self._programs = Programs(target.compiler)
+        self._memory = target.memory or StaticMemory(where)
+        self._ops = StaticOps(where)
+        self._inputs = StaticInputs(where, target.layout, self._programs)
+        self._attention = StaticAttention(where, self._inputs, target.layout)
+        self._sampling = StaticSampling(where, self._inputs, self._programs)
+        self._collectives = ReferenceCollectives()
+
+    @property
+    def name(self) -> str:
+        return self._target.name
+
+    @property
+    def device(self) -> DeviceInfo:
+        return self._target.device
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._target.capabilities
+
+    @property
+    def attention(self) -> StaticAttention:
+        return self._attention
+
+    @property
+    def ops(self) -> StaticOps:
+        return self._ops
+
+    @property
+    def sampling(self) -> StaticSampling:
+        return self._sampling
+
+    @property
+    def inputs(self) -> StaticInputs:
+        return self._inputs
+
+    @property
+    def graphs(self) -> Programs:
+        return self._programs
+
+    @property
+    def memory(self) -> Memory:
+        return self._memory
+
+    @property
+    def collectives(self) -> ReferenceCollectives:
+        return self._collectives
+
+    def providers(self) -> dict[str, str]:
+        return {
+            "attention": "matrix products over gathered blocks, in static shapes",
+            "linear, norm, rotary, activation, embedding": "torch operations, fused by the compiler",
+            "experts": "all experts for every token, weighted by the router",
+            "sampling": "compiled for greedy rows and for temperature, top_k, top_p and min_p; the rest on the host",
+            "inputs": "packed on the host, sliced in the graph",
+            "graphs": f"one for each shape, compiled by {self._target.compiler}",
+            **self._target.providers,
+        }
+
+    def close(self) -> None:
+        self._target.on_close()
