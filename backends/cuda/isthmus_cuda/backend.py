@@ -11,6 +11,7 @@ from isthmus.contract import Capabilities, DeviceInfo, GraphScope
 from isthmus.errors import BackendError, BackendUnavailable
 from isthmus.reference import ReferenceCollectives
 from isthmus_cuda.flash import FlashAttention, find_flash
+from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.attention import TritonAttention
 from isthmus_triton.graphs import StreamGraphs
 from isthmus_triton.inputs import TritonInputs
@@ -59,15 +60,17 @@ class CudaBackend:
         table = launch_table(self._arch)
         self._memory = StreamMemory(device)
         units = properties.multi_processor_count
+        # One for all parts: whichever is launched first waits for everything begun.
+        ahead = CompileAhead(device)
         self._flash = find_flash(self._arch, flash)
         self._attention = (
-            TritonAttention(device, table, units, eight_bit_cache=eight_bits)
+            TritonAttention(device, table, units, eight_bit_cache=eight_bits, ahead=ahead)
             if self._flash.function is None
-            else FlashAttention(device, table, units, self._flash.function, eight_bit_cache=eight_bits)
+            else FlashAttention(device, table, units, self._flash.function, eight_bit_cache=eight_bits, ahead=ahead)
         )
-        self._ops = TritonOps(device, table)
-        self._sampling = TritonSampling(device, table)
-        self._inputs = TritonInputs(device)
+        self._ops = TritonOps(device, table, ahead=ahead)
+        self._sampling = TritonSampling(device, table, ahead)
+        self._inputs = TritonInputs(device, ahead)
         self._graphs = StreamGraphs(device)
         self._collectives = ReferenceCollectives()
 

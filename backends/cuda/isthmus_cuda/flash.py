@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, StepInputs
+from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.attention import BlockCache, StepPlanning, TritonAttention
 from isthmus_triton.launch import LaunchTable
 
@@ -75,8 +76,9 @@ class FlashAttention(TritonAttention):
         function: FlashFunction,
         *,
         eight_bit_cache: bool = False,
+        ahead: CompileAhead | None = None,
     ) -> None:
-        super().__init__(device, table, compute_units, eight_bit_cache=eight_bit_cache)
+        super().__init__(device, table, compute_units, eight_bit_cache=eight_bit_cache, ahead=ahead)
         self._flash = function
 
     def plan(self, inputs: StepInputs) -> StepPlanning:
@@ -95,6 +97,11 @@ class FlashAttention(TritonAttention):
             all_spans=first == 0,
         )
 
+    def takes_long(self, layer: AttentionSpec, dtype: torch.dtype, cache: BlockCache) -> bool:
+        """What FlashAttention does not know; over an 8-bit cache it would need 8-bit queries."""
+        known = dtype in (torch.bfloat16, torch.float16) and layer.head_dim in HEAD_DIMS
+        return not known or cache.keys.dtype != dtype
+
     def attend_long(
         self,
         query: Tensor,
@@ -104,9 +111,7 @@ class FlashAttention(TritonAttention):
         plan: StepPlanning,
         inputs: StepInputs,
     ) -> bool:
-        known = query.dtype in (torch.bfloat16, torch.float16) and layer.head_dim in HEAD_DIMS
-        known = known and cache.keys.dtype == query.dtype  # an 8-bit cache would need 8-bit queries
-        if not known or not isinstance(plan, _FlashPlanning) or plan.long is None:
+        if self.takes_long(layer, query.dtype, cache) or not isinstance(plan, _FlashPlanning) or plan.long is None:
             return super().attend_long(query, cache, out, layer, plan, inputs)
         long = plan.long
         self._flash(

@@ -13,6 +13,7 @@ from torch import Tensor
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
 from isthmus.errors import OutOfMemory, Unsupported
 from isthmus.reference.dtypes import torch_dtype
+from isthmus_triton.ahead import CompileAhead, listing
 from isthmus_triton.kernels.decode_attention import (
     DecodeScratch,
     SharedScratch,
@@ -77,9 +78,16 @@ class TritonAttention:
     """
 
     def __init__(
-        self, device: torch.device, table: LaunchTable, compute_units: int, *, eight_bit_cache: bool = False
+        self,
+        device: torch.device,
+        table: LaunchTable,
+        compute_units: int,
+        *,
+        eight_bit_cache: bool = False,
+        ahead: CompileAhead | None = None,
     ) -> None:
         self._device = device
+        self._ahead = ahead or CompileAhead(device)
         self._eight_bit_cache = eight_bit_cache
         self._table = table
         self._compute_units = compute_units
@@ -112,7 +120,39 @@ class TritonAttention:
                 f"lower the memory fraction or max_num_seqs, or stop what else uses this device"
             ) from error
         self._allocate_plans(layers, limits)
+        self._compile(layers, caches, limits, torch.bfloat16 if dtype.itemsize == 1 else dtype)
         return caches
+
+    def _compile(
+        self, layers: Sequence[AttentionSpec], caches: Sequence[BlockCache], limits: Limits, dtype: torch.dtype
+    ) -> None:
+        """Begin to compile what steps launch, by going through some for each kind of layer.
+
+        A step's dtype, rotary embedding and head norms are not known yet: they are taken to be the
+        usual ones, and what differs is compiled when it is first launched.
+        """
+        if not self._ahead.active:
+            return
+        kinds = dict(zip(layers, caches, strict=True))
+        many = min(self._table.share_spans, limits.max_rows)
+        with listing() as launches:
+            for layer, cache in kinds.items():
+                cos_sin = torch.zeros(1, layer.head_dim, device=self._device)
+                rotary = RotarySpec(cos_sin=cos_sin, rotary_dim=layer.head_dim)
+                steps = [(1, 1), (many, 1)]
+                if self.takes_long(layer, dtype, cache):
+                    steps.append((1, 2 * SHORT_SPAN))
+                for spans, length in steps:
+                    inputs = _no_inputs(spans, length, limits, self._device)
+                    width = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
+                    qkv = torch.zeros(inputs.num_tokens, width, dtype=dtype, device=self._device)
+                    query = self.rotate_and_store(qkv, cache, layer, rotary, None, inputs)
+                    self.attend(query, cache, layer, self.plan(inputs), inputs)
+        self._ahead.begin(launches)
+
+    def takes_long(self, layer: AttentionSpec, dtype: torch.dtype, cache: BlockCache) -> bool:
+        """Whether :meth:`attend_long` launches kernels of this library."""
+        return True
 
     def _allocate_plans(self, layers: Sequence[AttentionSpec], limits: Limits) -> None:
         """Everything a step needs beside the cache, so that a captured step allocates nothing of its own."""
@@ -144,6 +184,7 @@ class TritonAttention:
         return self._table.decode_for(shape.row_bytes), self._table.prefill_for(shape.row_bytes)
 
     def plan(self, inputs: StepInputs) -> StepPlanning:
+        self._ahead.wait()
         longest = inputs.max_query_length
         shorts, longs = {}, {}
         share = inputs.num_spans >= self._table.share_spans
@@ -237,3 +278,28 @@ class TritonAttention:
         prefill_attention(query, cache.keys, cache.values, out, plan.buffers[shape], inputs, layer, prefill)
         # A step of one long span has no short ones.
         return inputs.num_spans == 1
+
+
+def _no_inputs(spans: int, length: int, limits: Limits, device: torch.device) -> StepInputs:
+    """Of the shapes and kinds of a step's, with nothing in them."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    tokens = spans * length
+    return StepInputs(
+        token_ids=zeros(tokens),
+        positions=zeros(tokens),
+        slots=zeros(tokens, dtype=torch.int64),
+        span_rows=zeros(spans),
+        query_starts=zeros(spans + 1),
+        context_lengths=zeros(spans),
+        block_tables=zeros(1, limits.max_blocks_per_row),
+        sample_tokens=zeros(spans),
+        sample_rows=zeros(spans),
+        num_tokens=tokens,
+        num_spans=spans,
+        num_samples=spans,
+        max_query_length=length,
+        max_context_length=limits.max_model_len,
+    )

@@ -10,7 +10,9 @@ import triton
 from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, StepInputs, StepShape
-from isthmus.plan import Int32Array, StepPlan
+from isthmus.plan import Int32Array, RowStart, StepPlan
+from isthmus.sampling_params import RowSampling
+from isthmus_triton.ahead import CompileAhead, launching, listing
 from isthmus_triton.kernels.prepare import append_blocks_kernel, build_kernel, start_rows_kernel
 
 HISTORY_ALIGNMENT: Final = 16
@@ -42,8 +44,9 @@ class TritonInputs:
     :meth:`upload` queues its copies and changes before whatever runs the step.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ahead: CompileAhead | None = None) -> None:
         self._device = device
+        self._ahead = ahead or CompileAhead(device)
 
     def allocate(self, limits: Limits) -> DeviceState:
         self._limits = limits
@@ -57,28 +60,49 @@ class TritonInputs:
         self._max_context_length = 1
         self._leading_single = 0
         rows = limits.max_rows + 1
-        return DeviceState(
+        state = DeviceState(
             tokens=self._zeros(rows, history_width(limits))[:, : limits.max_model_len + 1],
             block_tables=self._zeros(rows, limits.max_blocks_per_row),
             num_prompt_tokens=self._zeros(rows),
         )
+        self._compile(state)
+        return state
+
+    def _compile(self, state: DeviceState) -> None:
+        """Begin to compile what a step launches, by going through one whose row starts and grows."""
+        if not self._ahead.active:
+            return
+        one, nothing = np.ones(1, np.int32), np.zeros(1, np.int32)
+        start = RowStart(row=0, tokens=nothing, num_prompt_tokens=1, sampling=RowSampling(max_tokens=1))
+        plan = StepPlan(
+            step=0, starts=(start,), block_rows=nothing, block_indices=nothing, block_ids=nothing,
+            span_rows=nothing, span_starts=nothing, span_lengths=one, span_samples=one.astype(np.bool_),
+        )  # fmt: skip
+        with listing() as launches:
+            self._change(plan, state)
+            self.build(state, StepShape(1, 1, 1))
+        self._ahead.begin(launches)
 
     def upload(self, plan: StepPlan, device: DeviceState) -> None:
-        if plan.starts:
-            self._apply_starts(plan, device)
-        if len(plan.block_ids):
-            self._apply_blocks(plan, device)
+        self._ahead.wait()
+        self._change(plan, device)
         # A pinned buffer of torch's own: not used again before the copy out of it has ended.
         packed = self._host_buffer(self._layout.total)
         self._write_spans(plan, packed.numpy())
         self._packed.copy_(packed, non_blocking=True)
+
+    def _change(self, plan: StepPlan, device: DeviceState) -> None:
+        if plan.starts:
+            self._apply_starts(plan, device)
+        if len(plan.block_ids):
+            self._apply_blocks(plan, device)
 
     def build(self, device: DeviceState, shape: StepShape) -> StepInputs:
         num_tokens, num_spans, num_samples = shape.tokens, shape.spans, shape.samples
         of = self._tensors
         token_ids, positions = self._token_ids[:num_tokens], self._positions[:num_tokens]
         slots = self._slots[:num_tokens]
-        build_kernel[(num_spans + 1,)](
+        launching(build_kernel, (num_spans + 1,))(
             of["span_rows"], of["span_starts"], of["query_starts"], device.tokens, device.block_tables,
             token_ids, positions, slots, num_spans, num_tokens, device.tokens.stride(0),
             device.block_tables.stride(0), BLOCK_SIZE=self._limits.block_size, BLOCK=512, num_warps=4,
@@ -123,7 +147,7 @@ class TritonInputs:
         headers[:, 3] = lengths
         changes = self._up([headers.ravel(), *(start.tokens for start in starts)])
         pieces = min(16, triton.cdiv(int(lengths.max()), 1024))
-        start_rows_kernel[(len(starts), max(1, pieces))](
+        launching(start_rows_kernel, (len(starts), max(1, pieces)))(
             changes, changes, device.tokens, device.block_tables, device.num_prompt_tokens, len(starts),
             device.tokens.stride(0), device.block_tables.stride(0), device.block_tables.shape[1],
             BLOCK=1024, num_warps=4,
@@ -132,7 +156,7 @@ class TritonInputs:
     def _apply_blocks(self, plan: StepPlan, device: DeviceState) -> None:
         appends = len(plan.block_ids)
         changes = self._up([plan.block_rows, plan.block_indices, plan.block_ids])
-        append_blocks_kernel[(triton.cdiv(appends, APPEND_BLOCK),)](
+        launching(append_blocks_kernel, (triton.cdiv(appends, APPEND_BLOCK),))(
             changes, device.block_tables, appends, device.block_tables.stride(0), BLOCK=APPEND_BLOCK, num_warps=4
         )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from isthmus.contract import LinearWeight
 from isthmus.reference import DenseLinear, ReferenceOps
-from isthmus_triton.ahead import CompileAhead, Launch
+from isthmus_triton.ahead import CompileAhead, listing
 from isthmus_triton.kernels.elementwise import gated_activation, gather_rows
 from isthmus_triton.kernels.linear import (
     LinearScratch,
@@ -20,6 +22,9 @@ from isthmus_triton.kernels.linear import (
 from isthmus_triton.kernels.norm import add_rms_norm, rms_norm
 from isthmus_triton.launch import LaunchTable, VectorLinear
 
+LIKELY_HEAD: Final = 8
+"""Rows of a weight for each column, above which it is taken for one that may give logits."""
+
 
 class TritonOps(ReferenceOps):
     """:class:`isthmus.contract.Ops`.  Expert mixing is the reference's.
@@ -27,43 +32,68 @@ class TritonOps(ReferenceOps):
     ``wide_logits`` says that the matrix library multiplies 16-bit matrices into float32.
     """
 
-    def __init__(self, device: torch.device, table: LaunchTable, *, wide_logits: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, table: LaunchTable, *, wide_logits: bool = True, ahead: CompileAhead | None = None
+    ) -> None:
         super().__init__(device)
         self._table = table
         self._wide_logits = wide_logits
         self._scratch = LinearScratch(device)
-        self._ahead: CompileAhead | None = None
+        self._ahead = ahead or CompileAhead(device)
 
     def prepare_linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
-        if self._ahead is None and weight.dtype != torch.float32:
-            self._ahead = CompileAhead(self._device)
-            self._ahead.begin(self._few_row_launches(weight.dtype))
+        self._compile_few_rows(*weight.shape, weight.dtype, biased=bias is not None)
         return super().prepare_linear(weight, bias)
 
-    def _few_row_launches(self, dtype: torch.dtype) -> list[Launch]:
-        """Every product of the table, into the compute dtype and as logits; sizes stand for any like them."""
-        launches = []
+    def prepare_embedding(self, weight: Tensor) -> tuple[Tensor, LinearWeight]:
+        self._compile_few_rows(*weight.shape, weight.dtype, biased=False)
+        return super().prepare_embedding(weight)
+
+    def _compile_few_rows(self, out_features: int, in_features: int, dtype: torch.dtype, *, biased: bool) -> None:
+        """Begin to compile every product of a weight that the table does not leave to the matrix library."""
+        if not self._ahead.active or dtype == torch.float32:
+            return
+        variants = {
+            (launch, padded_rows(rows))
+            for rows in range(1, max((rule.most_rows for rule in self._table.linear), default=0) + 1)
+            if (launch := self._table.linear_for(rows, out_features, in_features)) is not None
+        }
         x = torch.zeros(16, dtype=dtype, device=self._device)
         counts = torch.zeros(16, dtype=torch.int32, device=self._device)
-        logits = torch.zeros(16, device=self._device)
-        variants = set()
-        for rule in self._table.linear:
-            for rows in {padded_rows(count) for count in range(rule.least_rows, rule.most_rows + 1)}:
-                variants |= {(rule.launch, rows, out) for out in ("x", "logits") if out == "x" or rule.least_out}
-                if isinstance(rule.launch, VectorLinear):
-                    variants.add((rule.launch, rows, "logits"))
-        for launch, rows, name in variants:
-            out = x if name == "x" else logits
-            if isinstance(launch, VectorLinear):
-                launches.append(vector_launch(x, x, None, out, (65536, 65536), launch, self._table.overlap))
-            else:
-                sizes = (rows, 65536, 65536)
-                launches.append(split_launch(x, x, None, out, (logits, counts), sizes, launch, self._table.overlap))
-        return launches
+        wide = torch.zeros(16, device=self._device)
+        bias, sizes, overlap = x if biased else None, (out_features, in_features), self._table.overlap
+        # A weight this tall may well give the logits.
+        for out in (x, wide) if out_features > LIKELY_HEAD * in_features and not biased else (x,):
+            for launch, rows in variants:
+                if isinstance(launch, VectorLinear):
+                    made = vector_launch(x, x, bias, out, sizes, launch, overlap)
+                else:
+                    made = split_launch(x, x, bias, out, (wide, counts), (rows, *sizes), launch, overlap)
+                self._ahead.begin([made])
+
+    def prepare_table(self, weight: Tensor) -> Tensor:
+        self._compile(weight.shape[1], weight.dtype)
+        return super().prepare_table(weight)
+
+    def _compile(self, hidden: int, dtype: torch.dtype) -> None:
+        """Begin to compile what lies between the products of a layer, of the usual kind."""
+        if not self._ahead.active:
+            return
+        index = torch.zeros(2, dtype=torch.int32, device=self._device)
+        x, residual, gate_up = (
+            torch.zeros(2, columns, dtype=dtype, device=self._device) for columns in (hidden, hidden, 8 * hidden)
+        )
+        norm = torch.zeros(hidden, device=self._device)
+        with listing() as launches:
+            self.embed(index, x, 1.0)
+            self.take_rows(x, index)
+            self.rms_norm(x, norm, 1e-5)
+            self.add_rms_norm(x, residual, norm, 1e-5)
+            self.gated_activation(gate_up, "silu")
+        self._ahead.begin(launches)
 
     def _wait(self) -> None:
-        if self._ahead is not None:
-            self._ahead.wait()
+        self._ahead.wait()
 
     def embed(self, token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
         return gather_rows(table, token_ids, scale)

@@ -46,10 +46,10 @@ class TritonSampling:
     otherwise than one product does.
     """
 
-    def __init__(self, device: torch.device, table: LaunchTable = FALLBACK) -> None:
+    def __init__(self, device: torch.device, table: LaunchTable = FALLBACK, ahead: CompileAhead | None = None) -> None:
         self._device = device
         self._choose_warps = table.choose_warps
-        self._ahead = CompileAhead(device)
+        self._ahead = ahead or CompileAhead(device)
 
     def allocate(self, limits: Limits) -> RowStates:
         rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)

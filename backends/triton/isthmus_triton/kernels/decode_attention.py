@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec
+from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 from isthmus_triton.kernels.plan import HEADER, SHARED_ROWS, PlanBuffers
 from isthmus_triton.launch import DecodeLaunch
@@ -360,7 +361,7 @@ def decode_attention(
     """
     group = layer.heads // layer.kv_heads
     capped = layer.softcap > 0.0
-    decode_kernel[(plan.num_programs,)](
+    launching(decode_kernel, (plan.num_programs,))(
         query,
         keys,
         values,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 
 MOST_APART: Final = 512
@@ -75,7 +76,7 @@ def gated_activation(gate_up: Tensor, activation: str, *, overlap: bool = False)
     out = gate_up[:, :inner] if tokens > MOST_APART else gate_up.new_empty(tokens, inner)
     block = min(2048, triton.next_power_of_2(inner))
     if tokens:
-        gated_activation_kernel[(tokens, triton.cdiv(inner, block))](
+        launching(gated_activation_kernel, (tokens, triton.cdiv(inner, block)))(
             gate_up,
             out,
             inner,
@@ -97,7 +98,7 @@ def gather_rows(table: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
     # The factor is rounded to the compute dtype first: checkpoints were trained that way.
     factor = 1.0 if scale == 1.0 else torch.tensor(scale, dtype=table.dtype).item()
     if index.shape[0]:
-        gather_rows_kernel[(index.shape[0], triton.cdiv(width, block))](
+        launching(gather_rows_kernel, (index.shape[0], triton.cdiv(width, block)))(
             table, index, out, width, factor, BLOCK=block, SCALED=scale != 1.0, num_warps=4
         )
     return out

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 
 
@@ -49,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, overlap: bool = False
     result = x.new_empty(x.shape)
     columns = triton.next_power_of_2(hidden)
     if flat.shape[0]:
-        rms_norm_kernel[(flat.shape[0],)](
+        launching(rms_norm_kernel, (flat.shape[0],))(
             flat, flat, weight, result, flat.stride(0), hidden, epsilon,
             COLUMNS=columns, ADD=False, OVERLAP=overlap, num_warps=_warps(columns), **overlapping(overlap),
         )  # fmt: skip
@@ -63,7 +64,7 @@ def add_rms_norm(
     hidden = x.shape[-1]
     columns = triton.next_power_of_2(hidden)
     if x.shape[0]:
-        rms_norm_kernel[(x.shape[0],)](
+        launching(rms_norm_kernel, (x.shape[0],))(
             x, residual, weight, x, x.stride(0), hidden, epsilon,
             COLUMNS=columns, ADD=True, OVERLAP=overlap, num_warps=_warps(columns), **overlapping(overlap),
         )  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import StepInputs
+from isthmus_triton.ahead import launching
 
 HEADER: Final = 8
 """Ints before the per-program starts: work per program, all work, short spans, tiles of long spans;
@@ -210,7 +211,7 @@ def make_plan(
     # Two sizes alone, so that few variants are compiled.
     most = buffers.short_spans.shape[0]
     spans = triton.next_power_of_2(most) if inputs.num_spans > FEW_SPANS else FEW_SPANS
-    plan_kernel[(1,)](
+    launching(plan_kernel, (1,))(
         inputs.context_lengths,
         inputs.query_starts,
         inputs.span_rows,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, StepInputs
+from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, for_products, key_offsets, key_slots, softcapped
 from isthmus_triton.kernels.plan import PlanBuffers
 from isthmus_triton.launch import PrefillLaunch
@@ -182,7 +183,7 @@ def prefill_attention(
     capped = layer.softcap > 0.0
     # A bound that needs no lengths; programs past the last tile end at once.
     most_tiles = inputs.num_tokens * group // launch.query_tile + inputs.num_spans
-    prefill_kernel[(most_tiles, layer.kv_heads)](
+    launching(prefill_kernel, (most_tiles, layer.kv_heads))(
         query,
         keys,
         values,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, QkNorm, RotarySpec, StepInputs
+from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 
 
@@ -118,7 +119,7 @@ def rotate_and_store(
     tokens = qkv.shape[0]
     query = qkv.new_empty(tokens, layer.heads, layer.head_dim)
     all_heads = layer.heads + 2 * layer.kv_heads
-    rotate_and_store_kernel[(tokens, triton.cdiv(all_heads, heads_each))](
+    launching(rotate_and_store_kernel, (tokens, triton.cdiv(all_heads, heads_each)))(
         qkv,
         query,
         keys,

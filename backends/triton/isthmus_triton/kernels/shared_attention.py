@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec
+from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, SharedScratch, for_products
 from isthmus_triton.kernels.plan import SHARED_ROWS, PlanBuffers
 from isthmus_triton.kernels.prefill_attention import attend_tiles
@@ -93,7 +94,7 @@ def shared_attention(
 ) -> None:
     """Write what the plan's shared keys give; ends at once where there are none."""
     capped = layer.softcap > 0.0
-    shared_kernel[(plan.shared_programs,)](
+    launching(shared_kernel, (plan.shared_programs,))(
         query,
         keys,
         values,
