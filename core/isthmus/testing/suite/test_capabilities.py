@@ -48,11 +48,12 @@ def test_capabilities_make_sense(isthmus_device: DeviceUnderTest) -> None:
     assert min(c.block_sizes) >= 1 and len(set(c.block_sizes)) == len(c.block_sizes)
     assert c.max_steps_in_flight >= 1 and c.default_max_rows >= 1 and c.default_max_tokens >= 1
     assert c.max_head_dim >= 64, "real models have heads of at least 64 numbers"
-    for name in ("token_buckets", "span_buckets"):
+    for name in ("token_buckets", "span_buckets", "block_buckets"):
         buckets = getattr(c, name)
         assert list(buckets) == sorted(set(buckets)), f"{name} must ascend: {buckets}"
-        if c.shapes is ShapePolicy.BUCKETED:
+        if c.shapes is ShapePolicy.BUCKETED and name != "block_buckets":
             assert buckets, f"shapes are bucketed, and {name} is empty"
+    assert c.max_long_spans >= 0
     if c.graph_any_size:
         assert c.graph_scope is not GraphScope.NONE, "graph_any_size without a graph_scope"
 
