@@ -180,6 +180,9 @@ class AheadOfTime:
         )
 
 
+EIGHT_BITS = "float8_e4m3fn"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """One kind of attention layer, and how it is cached."""
@@ -188,6 +191,8 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     dtype: str = "bfloat16"
+    kv_dtype: str = ""
+    """Of the cache; empty for ``dtype``."""
     block_size: int = 64
     window: int = 0
     softcap: float = 0.0
@@ -199,11 +204,15 @@ class Shape:
     @property
     def name(self) -> str:
         marks = [f"{self.heads}/{self.kv_heads}x{self.head_dim} {self.dtype} block {self.block_size}"]
+        marks += [f"{self.kv_dtype} cache"] if self.kv_dtype else []
         marks += [f"window {self.window}"] if self.window else []
         marks += ["softcap"] if self.softcap else []
         marks += ["qk norm"] if self.qk_norm else []
         marks += ["over 2 GiB"] if self.num_blocks > 4096 else []
         return ", ".join(marks)
+
+    def suits(self, target: Target) -> bool:
+        return self.head_dim <= target.max_head_dim and (target.eight_bit_cache or self.kv_dtype != EIGHT_BITS)
 
 
 QUICK_SHAPES = (
@@ -226,6 +235,10 @@ SHAPES = (
     Shape(head_dim=128, heads=32, kv_heads=8, rotary_dim=64),
     Shape(head_dim=256, heads=8, kv_heads=4, window=4096, qk_norm=True),
     Shape(head_dim=256, heads=16, kv_heads=2),
+    Shape(kv_dtype=EIGHT_BITS),
+    Shape(kv_dtype=EIGHT_BITS, dtype="float16", block_size=16, window=4096),
+    Shape(kv_dtype=EIGHT_BITS, head_dim=256, heads=8, kv_heads=4, softcap=50.0),
+    Shape(kv_dtype=EIGHT_BITS, head_dim=64, heads=14, kv_heads=2, qk_norm=True),
 )
 
 
@@ -255,7 +268,7 @@ def step_inputs(spans: int, length: int, limits: Limits) -> StepInputs:
 def attention(ahead: AheadOfTime, target: Target, units: int, shape: Shape, steps: tuple[tuple[int, int], ...]) -> None:
     """Steps of (spans, tokens each): decode, draft verification, prefill and a mixture's plan."""
     dtype = getattr(torch, shape.dtype)
-    part = TritonAttention(META, target.launch, units)
+    part = TritonAttention(META, target.launch, units, eight_bit_cache=target.eight_bit_cache)
     layer = AttentionSpec(
         heads=shape.heads,
         kv_heads=shape.kv_heads,
@@ -272,7 +285,7 @@ def attention(ahead: AheadOfTime, target: Target, units: int, shape: Shape, step
         num_blocks=shape.num_blocks,
         vocab_size=1024,
     )
-    [cache] = part.allocate([layer], limits, shape.dtype)
+    [cache] = part.allocate([layer], limits, shape.kv_dtype or shape.dtype)
     weight = torch.empty(shape.head_dim, device=META)
     rotary_dim = shape.rotary_dim or shape.head_dim
     rotary = RotarySpec(cos_sin=torch.empty(limits.max_model_len, rotary_dim, device=META), rotary_dim=rotary_dim)
@@ -374,7 +387,7 @@ def compile_target(name: str, quick: bool) -> int:
     ahead.install()
     steps: tuple[tuple[int, int], ...] = ((16, 1), (1, 512)) if quick else ((16, 1), (300, 1), (8, 6), (4, 512))
     for shape in QUICK_SHAPES if quick else SHAPES:
-        if shape.head_dim <= target.max_head_dim:
+        if shape.suits(target):
             attention(ahead, target, UNITS[name], shape, steps)
     layer_arithmetic(ahead, target, (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16))
     products(ahead, target)

@@ -164,6 +164,7 @@ def test_opens_each_architecture(built_for_rocm: SimpleNamespace, arch: str) -> 
     assert isinstance(backend, Backend)
     assert backend.name == "rocm" and backend.arch == arch
     assert backend.capabilities.max_head_dim == TARGETS[arch].max_head_dim
+    assert ("float8_e4m3fn" in backend.capabilities.kv_dtypes) == (arch == "gfx1201")
     assert f"launch parameters for {arch}" in backend.providers()["attention"]
     assert "float32 from its accumulators" in backend.providers()["linear"]
 

@@ -7,6 +7,7 @@ import torch
 
 from isthmus_rocm.architecture import KNOWN
 from isthmus_rocm.fp8 import FNUZ, FORMS, OCP, to_fnuz
+from isthmus_rocm.targets import TARGETS
 
 CODES = torch.arange(256, dtype=torch.uint8)
 
@@ -21,6 +22,8 @@ def test_every_architecture_has_its_form() -> None:
     assert tuple(FORMS) == KNOWN
     assert {arch for arch, form in FORMS.items() if form is FNUZ} == {"gfx942"}
     assert {arch for arch, form in FORMS.items() if form is OCP} == {"gfx950", "gfx1201"}
+    # A cache of 8 bits is in the OCP form.
+    assert all(FORMS[arch] is OCP for arch, target in TARGETS.items() if target.eight_bit_cache)
 
 
 def test_torch_reads_both_forms_as_they_are_defined() -> None:

@@ -107,9 +107,15 @@ class AiterAttention(TritonAttention):
     """:class:`TritonAttention` whose long spans AITER attends, in the dtypes and widths it knows."""
 
     def __init__(
-        self, device: torch.device, table: LaunchTable, compute_units: int, function: AttentionFunction
+        self,
+        device: torch.device,
+        table: LaunchTable,
+        compute_units: int,
+        function: AttentionFunction,
+        *,
+        eight_bit_cache: bool = False,
     ) -> None:
-        super().__init__(device, table, compute_units)
+        super().__init__(device, table, compute_units, eight_bit_cache=eight_bit_cache)
         self._unified_attention = function
 
     def plan(self, inputs: StepInputs) -> StepPlanning:

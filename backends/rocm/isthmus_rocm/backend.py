@@ -109,6 +109,11 @@ def require_target(name: str, arch: str) -> Target:
     return TARGETS[arch]
 
 
+def capabilities_of(target: Target) -> Capabilities:
+    eight_bits = ("float8_e4m3fn",) if target.eight_bit_cache else ()
+    return replace(CAPABILITIES, kv_dtypes=(*CAPABILITIES.kv_dtypes, *eight_bits), max_head_dim=target.max_head_dim)
+
+
 def hip_device(index: int) -> torch.device:
     """Torch calls it "cuda" here too."""
     return torch.device("cuda", index)
@@ -120,14 +125,15 @@ def _assemble(
     device = hip_device(info.index)
     torch.cuda.set_device(device)
     wide = has_wide_products(device)
+    eight_bits = target.eight_bit_cache
     attention = (
-        TritonAttention(device, target.launch, compute_units)
+        TritonAttention(device, target.launch, compute_units, eight_bit_cache=eight_bits)
         if aiter is None
-        else AiterAttention(device, target.launch, compute_units, aiter)
+        else AiterAttention(device, target.launch, compute_units, aiter, eight_bit_cache=eight_bits)
     )
     return RocmBackend(
         device=info,
-        capabilities=replace(CAPABILITIES, max_head_dim=target.max_head_dim),
+        capabilities=capabilities_of(target),
         arch=arch,
         wide_logits=wide,
         attention=attention,

@@ -6,7 +6,8 @@ all other bits are set, two zeros).  MI300 multiplies the fnuz form (``float8_e4
 for three of the 256.  Source: AMD's instruction set documents, and "FP8 Formats for Deep Learning"
 (Micikevicius et al., 2022).
 
-Nothing in the engine takes fp8 weights yet; this is what a backend part that does will need.
+A cache of 8 bits is ``float8_e4m3fn`` and so for the architectures of the OCP form.  Nothing in the engine
+takes fp8 weights yet; :func:`to_fnuz` is what a part that does will need.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class Target:
     launch: LaunchTable
     max_head_dim: int = 256
     """Largest head whose tiles need no register spilled."""
+    eight_bit_cache: bool = False
+    """Whether it converts ``float8_e4m3fn`` by itself, and the kernels over a cache of that spill no register."""
     threads: int = MOST_THREADS
 
 
@@ -102,5 +104,5 @@ TARGETS: Final[dict[str, Target]] = {
     "gfx942": Target(series="Instinct MI300", wavefront=64, shared_bytes=64 * KIB, launch=CDNA3),
     "gfx950": Target(series="Instinct MI350", wavefront=64, shared_bytes=160 * KIB, launch=CDNA4),
     "gfx1100": Target(series="Radeon RX 7900", wavefront=32, shared_bytes=64 * KIB, launch=RDNA3, max_head_dim=128),
-    "gfx1201": Target(series="Radeon RX 9070", wavefront=32, shared_bytes=64 * KIB, launch=RDNA4),
+    "gfx1201": Target(series="Radeon RX 9070", wavefront=32, shared_bytes=64 * KIB, launch=RDNA4, eight_bit_cache=True),
 }
