@@ -47,6 +47,16 @@ def test_steps_equal_those_on_the_host(steps: Steps, on_host: Any) -> None:
         torch.testing.assert_close(cache.cpu(), wanted)
 
 
+def test_steps_run_in_inference_mode(steps: Steps, on_host: Any) -> None:
+    """In which torch_xla by itself can neither view nor write a tensor that was made outside."""
+    _, tokens = on_host(BUCKETS[:4])
+    for position, (rows, wanted) in enumerate(zip(BUCKETS, tokens, strict=False)):
+        with torch.inference_mode():
+            assert steps(position, rows).cpu().tolist() == wanted.tolist()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference tensor"):
+        steps.decoder.tokens.view(-1)
+
+
 def test_state_never_moves(xla: Any, steps: Steps) -> None:
     before = [xla.buffer_address(tensor) for tensor in steps.decoder.state]
     assert len(set(before)) == len(before)

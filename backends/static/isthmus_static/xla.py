@@ -7,7 +7,8 @@ of it that are not public.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -128,8 +129,9 @@ def compile_step(
 
     torch.compile with ``openxla`` gives the same program, after tracing it three times.  ``step``
     reads ``inputs``, which are new in each step, writes ``state`` in place and nothing else, and
-    returns tensors, alone or in tuples, lists and dicts.  ``state`` are whole tensors, not views.
-    Every other tensor that ``step`` reads is part of the program, by reference.
+    returns tensors, alone or in tuples, lists and dicts.  ``state`` are whole tensors, not views,
+    made outside inference mode (in which this may be called).  Every other tensor that ``step``
+    reads is part of the program, by reference.
 
     Returns a function, the arguments for it (``inputs`` then ``state``), the tensors that its first
     run returned, and those as ``step`` arranged them.  Called with the arguments, inputs replaced by
@@ -141,19 +143,29 @@ def compile_step(
     from torch_xla._dynamo import dynamo_bridge
 
     arguments = [*inputs, *state]
-    wait()
-    donate(state)
     traced = _Traced(step, arguments)
-    fallbacks, fetched = _fallbacks(), downloads()
-    program = dynamo_bridge.extract_internal(traced)
+    with _tracing(state):
+        wait()
+        donate(state)
+        fallbacks, fetched = _fallbacks(), downloads()
+        program = dynamo_bridge.extract_internal(traced)
     _refuse_host_work(fallbacks, fetched)
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        outputs = program(*tensors)
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = program(*tensors)
         return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
     outputs = run(*arguments)
     return run, arguments, outputs, traced.arranged(outputs)
+
+
+@contextlib.contextmanager
+def _tracing(state: Sequence[Tensor]) -> Iterator[None]:
+    """Outside inference mode, in which torch_xla can neither view nor write tensors that were made outside."""
+    assert not any(tensor.is_inference() for tensor in state), "what a step writes is made outside inference mode"
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Traced:
@@ -184,17 +196,18 @@ def lowered(step: Callable[[], Any], state: Sequence[Tensor] = ()) -> str:
     """
     import torch_xla
 
-    wait()
-    kept = [tensor.clone() for tensor in state]
-    fallbacks, fetched = _fallbacks(), downloads()
-    leaves = [leaf for leaf in pytree.tree_leaves(step()) if isinstance(leaf, torch.Tensor)]
-    try:
-        _refuse_host_work(fallbacks, fetched)
-        return str(torch_xla._XLAC._get_xla_tensors_hlo([*leaves, *state]))
-    finally:
-        for tensor, before in zip(state, kept, strict=True):
-            tensor.copy_(before)
-        torch_xla._XLAC._clear_pending_irs(str(device()))
+    with _tracing(state):
+        wait()
+        kept = [tensor.clone() for tensor in state]
+        fallbacks, fetched = _fallbacks(), downloads()
+        leaves = [leaf for leaf in pytree.tree_leaves(step()) if isinstance(leaf, torch.Tensor)]
+        try:
+            _refuse_host_work(fallbacks, fetched)
+            return str(torch_xla._XLAC._get_xla_tensors_hlo([*leaves, *state]))
+        finally:
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
+            torch_xla._XLAC._clear_pending_irs(str(device()))
 
 
 def _fallbacks() -> dict[str, int]:
