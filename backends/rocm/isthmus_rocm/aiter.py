@@ -20,6 +20,7 @@ from torch import Tensor
 
 from isthmus.contract import AttentionSpec, StepInputs
 from isthmus.errors import BackendUnavailable
+from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.attention import BlockCache, StepPlanning, TritonAttention
 from isthmus_triton.launch import LaunchTable
 
@@ -114,8 +115,9 @@ class AiterAttention(TritonAttention):
         function: AttentionFunction,
         *,
         eight_bit_cache: bool = False,
+        ahead: CompileAhead | None = None,
     ) -> None:
-        super().__init__(device, table, compute_units, eight_bit_cache=eight_bit_cache)
+        super().__init__(device, table, compute_units, eight_bit_cache=eight_bit_cache, ahead=ahead)
         self._unified_attention = function
 
     def plan(self, inputs: StepInputs) -> StepPlanning:
@@ -135,6 +137,11 @@ class AiterAttention(TritonAttention):
             block_tables=torch.nn.functional.pad(tables, (0, used - tables.shape[1])),
         )
 
+    def takes_long(self, layer: AttentionSpec, dtype: torch.dtype, cache: BlockCache) -> bool:
+        """What AITER is not given."""
+        known = dtype == cache.keys.dtype and layer.head_dim in HEAD_DIMS
+        return not known or self._block_size == KEY_TILE
+
     def attend_long(
         self,
         query: Tensor,
@@ -144,8 +151,7 @@ class AiterAttention(TritonAttention):
         plan: StepPlanning,
         inputs: StepInputs,
     ) -> bool:
-        known = query.dtype == cache.keys.dtype and layer.head_dim in HEAD_DIMS and self._block_size != KEY_TILE
-        if not known or not isinstance(plan, _AiterPlanning) or plan.long is None:
+        if self.takes_long(layer, query.dtype, cache) or not isinstance(plan, _AiterPlanning) or plan.long is None:
             return bool(super().attend_long(query, cache, out, layer, plan, inputs))
         long = plan.long
         self._unified_attention(

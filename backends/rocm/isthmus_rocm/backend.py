@@ -13,6 +13,7 @@ from isthmus.reference import ReferenceCollectives
 from isthmus_rocm.aiter import AiterAttention, AttentionFunction, find_aiter
 from isthmus_rocm.architecture import architecture
 from isthmus_rocm.targets import TARGETS, Target
+from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.attention import TritonAttention
 from isthmus_triton.graphs import StreamGraphs
 from isthmus_triton.inputs import TritonInputs
@@ -126,10 +127,12 @@ def _assemble(
     torch.cuda.set_device(device)
     wide = has_wide_products(device)
     eight_bits = target.eight_bit_cache
+    # One for all parts: whichever is launched first waits for everything begun.
+    ahead = CompileAhead(device)
     attention = (
-        TritonAttention(device, target.launch, compute_units, eight_bit_cache=eight_bits)
+        TritonAttention(device, target.launch, compute_units, eight_bit_cache=eight_bits, ahead=ahead)
         if aiter is None
-        else AiterAttention(device, target.launch, compute_units, aiter, eight_bit_cache=eight_bits)
+        else AiterAttention(device, target.launch, compute_units, aiter, eight_bit_cache=eight_bits, ahead=ahead)
     )
     return RocmBackend(
         device=info,
@@ -137,9 +140,9 @@ def _assemble(
         arch=arch,
         wide_logits=wide,
         attention=attention,
-        ops=TritonOps(device, target.launch, wide_logits=wide),
-        sampling=TritonSampling(device, target.launch),
-        inputs=TritonInputs(device),
+        ops=TritonOps(device, target.launch, wide_logits=wide, ahead=ahead),
+        sampling=TritonSampling(device, target.launch, ahead),
+        inputs=TritonInputs(device, ahead),
         graphs=StreamGraphs(device),
         memory=StreamMemory(device),
         collectives=ReferenceCollectives(),
