@@ -23,6 +23,7 @@ from isthmus_triton.kernels import (
     decode_attention,
     elementwise,
     linear,
+    logprobs,
     norm,
     plan,
     prefill_attention,
@@ -217,6 +218,19 @@ def step_cases(arch: str) -> Iterator[Case]:
         "history_stride:i32 num_slices:i32 num_groups:i32",
         {"SLICES": 16, "GROUPS": 1024, "MOST": 2048, "BLOCK": 8192},
         launch_table(arch).choose_warps,
+    )
+    yield Case(
+        "slice logprobs",
+        logprobs.slice_logprobs_kernel,
+        "logits:*fp32 tokens:*i32 masses:*fp32 above:*i32 likeliest:*i64 row_stride:i32 vocab:i32 count:i32",
+        {"SLICE": logprobs.SLICE},
+    )
+    yield Case(
+        "merge logprobs",
+        logprobs.merge_logprobs_kernel,
+        "logits:*fp32 tokens:*i32 masses:*fp32 above:*i32 likeliest:*i64 chosen:*fp32 ranks:*i32 top_ids:*i32 "
+        "top_logprobs:*fp32 row_stride:i32 count:i32 num_slices:i32",
+        {"SLICES": 32},
     )
     yield Case(
         "start rows",

@@ -15,6 +15,7 @@ from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs, ReferenceSampling
 from isthmus.reference.noise import gumbel_noise, row_keys, token_keys
 from isthmus.sampling_params import RowSampling
+from isthmus_triton.kernels.logprobs import log_probabilities
 from isthmus_triton.kernels.noise import gumbel, row_key
 from isthmus_triton.sampling import TritonSampling
 
@@ -75,8 +76,8 @@ class Both:
         assert not self.parameters[1].seen_bits.any()
 
 
-def logits_for(rows: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
-    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+def logits_for(rows: int, seed: int = 0, scale: float = 2.0, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 CUTS = [
@@ -169,6 +170,37 @@ def test_logprobs_are_of_the_models_own_logits(device: torch.device, num_logprob
     expected, ours = Both(device, rows).sample(logits_for(2), num_logprobs)
     for name in ("chosen_logprobs", "ranks", "top_ids", "top_logprobs"):
         torch.testing.assert_close(getattr(ours, name)[:2], getattr(expected, name)[:2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(300, 20), (9000, 5), (9000, 32), (4096, 0), (20, 20), (4097, 3)])
+def test_log_probabilities(device: torch.device, vocab: int, count: int) -> None:
+    logits = logits_for(3, vocab=vocab, scale=5.0).to(device)
+    logits[0, : vocab // 2] = float("-inf")
+    tokens = torch.tensor([vocab - 1, int(logits[1].argmax()), 7], dtype=torch.int32, device=device)
+    chosen, ranks, ids, logprobs = log_probabilities(logits, tokens, count)
+    expected = torch.log_softmax(logits, -1)
+    own = expected.gather(1, tokens.long()[:, None])
+    torch.testing.assert_close(chosen, own[:, 0], atol=2e-5, rtol=1e-5)
+    assert ranks.tolist() == ((expected > own).sum(-1) + 1).tolist() and ranks[1] == 1
+    top, places = torch.topk(expected, count)
+    if vocab > 20:
+        assert ids.tolist() == places.tolist()
+    torch.testing.assert_close(logprobs, top, atol=2e-5, rtol=1e-5)
+    assert all(len(set(row)) == count for row in ids.tolist())
+
+
+def test_the_likeliest_of_equals_are_the_lowest(device: torch.device) -> None:
+    logits = torch.zeros(1, 5000, device=device)
+    logits[0, [17, 4999, 4095, 4096]] = 1.0
+    _, ranks, ids, _ = log_probabilities(logits, torch.tensor([4999], dtype=torch.int32, device=device), 6)
+    assert ids.tolist() == [[17, 4095, 4096, 4999, 0, 1]] and ranks.tolist() == [1]
+
+
+def test_more_log_probabilities_than_are_found_without_a_sort(device: torch.device) -> None:
+    rows = [{"temperature": 0.0, "num_logprobs": 40}]
+    expected, ours = Both(device, rows).sample(logits_for(1), 40)
+    assert ours.top_ids[0].tolist() == expected.top_ids[0].tolist()
+    torch.testing.assert_close(ours.top_logprobs[:1], expected.top_logprobs[:1], atol=1e-5, rtol=1e-5)
 
 
 def test_draws_are_fair(device: torch.device, interpreted: bool) -> None:

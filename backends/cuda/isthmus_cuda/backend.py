@@ -122,7 +122,7 @@ class CudaBackend:
             "linear": "cuBLAS; Triton for few rows where the table says that it is faster",
             "norm, rotary, activation, embedding": "Triton kernels",
             "experts": "plain torch",
-            "sampling": "Triton kernels; log-probabilities by torch",
+            "sampling": "Triton kernels",
             "inputs": "Triton kernels",
             "graphs": "CUDA graphs of whole decode steps",
         }

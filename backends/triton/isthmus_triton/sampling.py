@@ -12,9 +12,10 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
-from isthmus_triton.ahead import CompileAhead, Launch
+from isthmus_triton.ahead import CompileAhead, Launch, listing
 from isthmus_triton.inputs import history_width
 from isthmus_triton.kernels.adjust import adjust_kernel
+from isthmus_triton.kernels.logprobs import MOST_LIKELIEST, log_probabilities
 from isthmus_triton.kernels.sample import check_kernel, choose_kernel, slices_kernel
 from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
@@ -158,6 +159,9 @@ class TritonSampling:
         logits = torch.zeros(1, state.vocab_size, device=self._device)
         invalid = torch.zeros(1, dtype=torch.bool, device=self._device)
         self._ahead.begin(self._launches(logits, integers(1), invalid, inputs, device, state))
+        with listing() as launches:
+            log_probabilities(logits, integers(1), 1)
+        self._ahead.begin(launches)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:
         invalid = ~torch.isfinite(logits.amax(dim=-1))
@@ -166,14 +170,17 @@ class TritonSampling:
 
 def _with_logprobs(raw: Tensor, tokens: Tensor, invalid: Tensor, num_logprobs: int) -> Sampled:
     """Log-softmax of ``raw`` [positions, vocab] at ``tokens``, their ranks, and the likeliest."""
-    normaliser = torch.logsumexp(raw, dim=-1, keepdim=True)
-    own = raw.gather(1, tokens.long()[:, None])
-    top, ids = torch.topk(raw, min(num_logprobs, raw.shape[1]), dim=-1)
+    wanted = min(num_logprobs, raw.shape[1])
+    few = wanted if wanted <= MOST_LIKELIEST else 0
+    chosen, ranks, top_ids, top_logprobs = log_probabilities(raw, tokens, few)
+    if wanted > few:
+        top, ids = torch.topk(raw, wanted, dim=-1)
+        top_ids, top_logprobs = ids.int(), top - torch.logsumexp(raw, dim=-1, keepdim=True)
     return Sampled(
         tokens=tokens,
         invalid=invalid,
-        chosen_logprobs=(own - normaliser)[:, 0],
-        ranks=(raw > own).sum(dim=-1).int() + 1,
-        top_ids=ids.int(),
-        top_logprobs=top - normaliser,
+        chosen_logprobs=chosen,
+        ranks=ranks,
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
     )
