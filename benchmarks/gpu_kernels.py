@@ -28,6 +28,7 @@ import torch
 from isthmus.contract import AttentionSpec, Limits, RotarySpec, StepInputs, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.sampling_params import RowSampling
+from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.attention import TritonAttention
 from isthmus_triton.inputs import TritonInputs
 from isthmus_triton.kernels.elementwise import gated_activation
@@ -127,7 +128,16 @@ def ceilings() -> Iterator[Case]:
 class AttentionBench:
     """Spans of equal (start, length) over ``layers`` caches."""
 
-    def __init__(self, table: LaunchTable, block_size: int, batch: int, start: int, length: int, layers: int) -> None:
+    def __init__(
+        self,
+        table: LaunchTable,
+        block_size: int,
+        batch: int,
+        start: int,
+        length: int,
+        layers: int,
+        kv_dtype: str = "bfloat16",
+    ) -> None:
         context = start + length
         blocks = -(-context // block_size)
         limits = Limits(
@@ -139,13 +149,15 @@ class AttentionBench:
             vocab_size=VOCAB,
         )
         units = torch.cuda.get_device_properties(0).multi_processor_count
-        self.attention = TritonAttention(device(), table, units)
-        inputs = TritonInputs(device())
+        # Nothing is compiled ahead: a sweep's shards compile what they time.
+        ahead = CompileAhead(torch.device("cpu"))
+        self.attention = TritonAttention(device(), table, units, eight_bit_cache=True, ahead=ahead)
+        inputs = TritonInputs(device(), ahead)
         state = inputs.allocate(limits)
-        self.caches = self.attention.allocate([LAYER] * layers, limits, "bfloat16")
+        self.caches = self.attention.allocate([LAYER] * layers, limits, kv_dtype)
         for cache in self.caches:
-            cache.keys.normal_()
-            cache.values.normal_()
+            cache.keys.copy_(random(*cache.keys.shape))
+            cache.values.copy_(random(*cache.values.shape))
         order = np.random.default_rng(0).permutation(np.arange(1, limits.num_blocks, dtype=np.int32))
         rows = np.arange(batch, dtype=np.int32)
         inputs.upload(

@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="comma-separated indices of workloads")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--block-size", type=int)
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--profile", action="store_true", help="also record kernels of decode steps")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer, to try the script")
     arguments = parser.parse_args()
@@ -212,6 +213,7 @@ def main() -> None:
             skip_tokenizer_init=True,
             max_model_len=MAX_MODEL_LEN,
             block_size=arguments.block_size,
+            kv_cache_dtype=arguments.kv_cache_dtype,
             progress=False,
         )
     started_s = time.perf_counter() - began
@@ -227,6 +229,7 @@ def main() -> None:
         "start_s": round(started_s, 2),
         "first_answer_s": round(first_s, 2),
         "their_start_s": THEIR_START_S,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "kv_tokens": kv_tokens,
         "their_kv_tokens": THEIR_KV_TOKENS,
         "limits": {"rows": ready.max_num_seqs, "tokens": ready.max_num_batched_tokens, "block": ready.block_size},

@@ -74,6 +74,9 @@ MaxModelLen = Annotated[
 KvMemory = Annotated[
     int | None, typer.Option("--kv-cache-memory", parser=size_bytes, metavar="SIZE", rich_help_panel=_ENGINE)
 ]
+KvDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", metavar="NAME", help="As for serve.", rich_help_panel=_ENGINE)
+]
 MaxNumSeqs = Annotated[int | None, typer.Option("--max-num-seqs", min=1, rich_help_panel=_ENGINE)]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", rich_help_panel=_ENGINE)]
 Level = Annotated[LogLevel, typer.Option("--log-level", rich_help_panel=_ENGINE)]
@@ -162,6 +165,7 @@ def throughput(
     backend_option: BackendOption = None,
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KvMemory = None,
+    kv_cache_dtype: KvDtype = "auto",
     max_num_seqs: MaxNumSeqs = None,
     random_weights: RandomWeights = False,
     log_level: Level = LogLevel.WARNING,
@@ -172,7 +176,17 @@ def throughput(
     from isthmus_server.load.workload import Workload, make_requests
 
     start_logging(log_level, "bench")
-    engine = _engine(model, device, dtype, backend_option, max_model_len, kv_cache_memory, max_num_seqs, random_weights)
+    engine = _engine(
+        model,
+        device=device,
+        dtype=dtype,
+        device_options=dict(map(key_value, backend_option or [])),
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=max_num_seqs,
+        random_weights=random_weights,
+    )
     with engine as llm:
         workload = Workload(
             num_requests=num_requests,
@@ -203,6 +217,7 @@ def latency(
     backend_option: BackendOption = None,
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KvMemory = None,
+    kv_cache_dtype: KvDtype = "auto",
     max_num_seqs: MaxNumSeqs = None,
     random_weights: RandomWeights = False,
     log_level: Level = LogLevel.WARNING,
@@ -213,7 +228,17 @@ def latency(
     from isthmus_server.load.workload import Workload, make_requests
 
     start_logging(log_level, "bench")
-    engine = _engine(model, device, dtype, backend_option, max_model_len, kv_cache_memory, max_num_seqs, random_weights)
+    engine = _engine(
+        model,
+        device=device,
+        dtype=dtype,
+        device_options=dict(map(key_value, backend_option or [])),
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=max_num_seqs,
+        random_weights=random_weights,
+    )
     with engine as llm:
         workload = Workload(
             num_requests=num_batches * batch_size,
@@ -229,29 +254,10 @@ def latency(
     _write({**result, **figures}, output_json)
 
 
-def _engine(
-    model: str,
-    device: str,
-    dtype: str,
-    backend_option: list[str] | None,
-    max_model_len: int | None,
-    kv_cache_memory: int | None,
-    max_num_seqs: int | None,
-    random_weights: bool,
-) -> LLM:
+def _engine(model: str, **options: Any) -> LLM:
     from isthmus.llm import LLM
 
-    return LLM(
-        model,
-        device=device,
-        dtype=dtype,
-        device_options=dict(map(key_value, backend_option or [])),
-        max_model_len=max_model_len,
-        kv_cache_memory=kv_cache_memory,
-        max_num_seqs=max_num_seqs,
-        random_weights=random_weights,
-        skip_tokenizer_init=True,
-    )
+    return LLM(model, skip_tokenizer_init=True, **options)
 
 
 def _traced(llm: LLM, path: Path | None, workload: Workload) -> dict[str, Any]:
