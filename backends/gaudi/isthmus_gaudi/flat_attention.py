@@ -8,6 +8,7 @@ The scheme is that of vllm-gaudi (``flat_pa`` and ``pipelined_pa`` in ``extensio
 moves data on the device is chosen by what Gaudi's PyTorch bridge lowers to its own kernels:
 
 * queries to blocks, and blocks back to spans, are products with a one-hot matrix (the matrix engine);
+* the list is made in the graph from block tables and context lengths, by comparisons and small ``index_select``;
 * keys and values are one ``index_select`` of whole blocks each;
 * the maximum over a span's blocks cannot be a product.  It is one ``index_reduce`` along dimension 0 with
   ``"amax"`` and ``include_self``, the only form that the bridge runs on the device (``IndexReduceFallbackCheck`` in
@@ -21,84 +22,77 @@ so what is not finite is taken out before each product and given back to its own
 
 from __future__ import annotations
 
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec
 from isthmus.reference.attention import softcapped
 
-Array = TypeVar("Array")
-Ints = npt.NDArray[np.int32]
-
 UNSEEN: Final = -1e30
 """The score of a key that is not seen: its weight is exactly 0 beside any real one, and unlike minus infinity it
 gives no NaN where a block is all padding."""
 
 
-class FlatBlocks(NamedTuple, Generic[Array]):
-    """A step's KV blocks, int32 [blocks] each: numpy on the host, tensors on the device."""
+class FlatBlocks(NamedTuple):
+    """The KV blocks of a step and one window, int32 [blocks] each."""
 
-    block_list: Array
+    block_list: Tensor
     """Blocks of the cache; 0, the spare one, where padded."""
-    groups: Array
+    groups: Tensor
     """The span that a block belongs to; -1 where padded.  Blocks of a span need not be neighbours."""
-    first: Array
+    first: Tensor
     """The first key of the block that is seen; over 0 only where a sliding window begins inside the block."""
-    usage: Array
+    usage: Tensor
     """The end of the block's keys: those in ``first ... usage - 1`` are seen.  0 where padded."""
 
 
-def _block_ranges(context_lengths: npt.NDArray[np.integer], block_size: int, window: int) -> tuple[Ints, Ints]:
-    """The first block that a query at a context's end sees, and the end of its blocks."""
-    contexts = context_lengths.astype(np.int32, copy=False)
-    first_key = np.maximum(contexts - window, 0) if window else np.zeros_like(contexts)
-    return first_key // block_size, -(-contexts // block_size)
+def most_blocks(blocks: int, spans: int, block_size: int, window: int) -> int:
+    """Blocks that ``spans`` queries can see within ``window`` (0: none) where all they have are ``blocks``."""
+    a_span = (window + block_size - 2) // block_size + 1
+    return min(blocks, spans * a_span) if window else blocks
 
 
-def count_blocks(context_lengths: npt.NDArray[np.integer], block_size: int, window: int = 0) -> int:
-    """Blocks that :func:`fill_blocks` lists; those wholly before the ``window`` (0: none) are left out."""
-    begins, ends = _block_ranges(context_lengths, block_size, window)
-    return int((ends - begins).sum())
-
-
-def fill_blocks(
-    out: FlatBlocks[Ints],
-    block_tables: npt.NDArray[np.integer],  # [rows, max_blocks]
-    rows: npt.NDArray[np.integer],  # [spans]
-    context_lengths: npt.NDArray[np.integer],  # [spans] keys up to the query, itself included
+def list_blocks(
+    block_tables: Tensor,  # int32 [rows, max_blocks]
+    rows: Tensor,  # int32 [spans]
+    context_lengths: Tensor,  # int32 [spans] keys up to the query, itself included
+    count: int,
     block_size: int,
     window: int = 0,
-) -> None:
-    """Write the blocks of one step and one window into ``out``, whose length is the bucket.
+) -> FlatBlocks:
+    """The blocks that single queries at their contexts' ends see, span by span, padded to ``count``; traced.
 
-    A span of context 0 has no block.  Spans that pad the step are simply not among ``rows``.
+    ``count`` holds them all: see :func:`most_blocks`.  A span of context 0, as padded ones are, has no block.
     """
-    begins, ends = _block_ranges(context_lengths, block_size, window)
-    counts = ends - begins
-    used = int(counts.sum())
-    assert used <= len(out.block_list), f"{used} blocks do not fit a bucket of {len(out.block_list)}"
+    spans, where = len(rows), block_tables.device
+    begins = (context_lengths - window).clamp(min=0) // block_size if window else context_lengths * 0
+    counts = (context_lengths + (block_size - 1)) // block_size - begins
+    index = torch.arange(spans, dtype=torch.int32, device=where)
+    # Sums over a triangle: spans are few, and a scan is no matter for a device that multiplies matrices.
+    ends = torch.where(index[:, None] >= index[None, :], counts[None, :], 0).sum(1, dtype=torch.int32)
 
-    groups = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    # A block's place in its row: counted over the whole list, less where its span begins in the list.
-    place = np.arange(used, dtype=np.int32) - (np.cumsum(counts, dtype=np.int32) - counts - begins)[groups]
-    contexts = context_lengths.astype(np.int32, copy=False)[groups]
-    out.block_list[:used] = block_tables[rows[groups], place]
-    out.groups[:used] = groups
-    out.usage[:used] = np.minimum(contexts - place * block_size, block_size)
-    out.first[:used] = np.maximum(contexts - window - place * block_size, 0) if window else 0
-    for array, padding in zip(out, (0, -1, 0, 0), strict=True):
-        array[used:] = padding
+    place = torch.arange(count, dtype=torch.int32, device=where)
+    groups = (place[:, None] >= ends[None, :]).sum(1, dtype=torch.int32)
+    listed = groups < spans
+    span = groups.clamp(max=spans - 1)
+    in_row = torch.where(listed, place - (ends - counts - begins).index_select(0, span), 0)
+    at = rows.index_select(0, span) * block_tables.shape[1] + in_row
+    left = context_lengths.index_select(0, span) - in_row * block_size
+    return FlatBlocks(
+        block_list=torch.where(listed, block_tables.reshape(-1).index_select(0, at), 0),
+        groups=torch.where(listed, groups, -1),
+        first=torch.where(listed, (left - window).clamp(min=0), 0) if window else place * 0,
+        usage=torch.where(listed, left.clamp(max=block_size), 0),
+    )
 
 
 def flat_paged_attention(
     query: Tensor,  # [spans, heads, head_dim]
     keys: Tensor,  # [num_blocks * block_size, kv_heads, head_dim]
     values: Tensor,  # as keys
-    blocks: FlatBlocks[Tensor],
+    blocks: FlatBlocks,
     block_size: int,
     layer: AttentionSpec,
 ) -> Tensor:
@@ -141,7 +135,7 @@ def _attend_blocks(
     query: Tensor,  # [blocks, kv_heads, queries, head_dim]
     keys: Tensor,
     values: Tensor,
-    blocks: FlatBlocks[Tensor],
+    blocks: FlatBlocks,
     block_size: int,
     layer: AttentionSpec,
 ) -> tuple[Tensor, Tensor]:

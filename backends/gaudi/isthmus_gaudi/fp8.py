@@ -13,7 +13,8 @@ Proved on a CPU: ranges, rounding, the conversion of checkpoints, and that the v
 their schemas say.  Not proved, for want of the device: that the device decodes and multiplies as described, its
 accuracy, its speed, and its faster forms (scales that are powers of two).
 
-Nothing in the engine takes fp8 weights yet; this is what a backend part that does will need.
+The backend's option ``fp8=on`` quantises weights as they are loaded (:mod:`isthmus_gaudi.ops`).  A checkpoint that is
+in 8 bits already is for :func:`from_checkpoint`, which nothing calls as long as the engine loads none.
 """
 
 from __future__ import annotations

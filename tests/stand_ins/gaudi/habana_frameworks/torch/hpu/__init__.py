@@ -45,7 +45,16 @@ def memory_stats(device: object = None) -> dict[str, int]:
     return {"Limit": _device.total_memory, "InUse": _device.allocated_bytes, "MaxInUse": _device.peak_bytes}
 
 
+class Event:
+    """Of the one stream, which runs at once: what was recorded has passed."""
+
+    def record(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 torch.hpu.synchronize = synchronize
+torch.hpu.Event = Event
 torch.hpu.memory_stats = memory_stats
 
 if is_lazy():
