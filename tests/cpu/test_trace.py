@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from isthmus import LLM, SamplingParams
@@ -90,6 +91,36 @@ def test_the_command_without_anything_that_tells_of_the_device(tmp_path: Path, k
     figures = json.loads(done.stdout)["trace"]
     assert figures["file"] == str(path) and figures["steps"] >= 6 and figures["device_busy"] is None
     assert set(figures["host_s"]) == set(lanes(json.loads(path.read_text()))) == set(HOST_LANES)
+
+
+class EvenTheProcessor(set[object]):
+    """torch's profiler of the processor, in place of a device's."""
+
+    def __sub__(self, other: object) -> set[object]:
+        return set(self)
+
+
+def test_our_lanes_stand_on_the_profilers_clock(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.trace._device_type", lambda executor: "other")
+    known = EvenTheProcessor({torch.profiler.ProfilerActivity.CPU})
+    monkeypatch.setattr(torch.profiler, "supported_activities", lambda: known)
+    path = tmp_path / "trace.json"
+    with LLM(str(model), device="cpu", skip_tokenizer_init=True, progress=False, num_blocks=40) as llm:
+        collect = llm._core._executor.collect
+
+        def marked() -> Any:
+            with torch.profiler.record_function("waiting"):
+                return collect()
+
+        monkeypatch.setattr(llm._core._executor, "collect", marked)
+        trace = record(llm, path)
+    events = json.loads(path.read_text())["traceEvents"]
+    theirs = [event for event in events if event.get("name") == "waiting"]
+    ours = [event for event in events if event.get("cat") == "host" and event["name"].startswith("collect")]
+    assert len(theirs) == len(ours) == OUTPUT == trace.steps
+    for inner, outer in zip(theirs, ours, strict=True):
+        assert outer["ts"] - 500 < inner["ts"] < outer["ts"] + outer["dur"] + 500, "more than half a millisecond apart"
+    assert trace.device_busy is None  # the processor's own events are no device's
 
 
 def test_a_profilers_device_events_count_once_where_they_overlap() -> None:
