@@ -260,6 +260,20 @@ def test_the_real_kernels_agree_with_the_reference(wheel: Path, layer: str, dtyp
         forget()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_why_blocks_of_its_tile_are_left_out(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN that another sequence left in a block reaches this one."""
+    stand_in_for_its_root(wheel)
+    monkeypatch.setattr(aiter, "KEY_TILE", 16)
+    try:
+        function = importlib.import_module(MODULE).unified_attention
+        with pytest.raises(AssertionError, match="difference: nan"):
+            attend(function, [(0, 40)], LAYERS["plain"], block_size=64)
+    finally:
+        forget()
+
+
 COMPILE = """
 import sys
 import pytest, torch
