@@ -32,7 +32,7 @@ class StaticAttention:
     def allocate(self, layers: Sequence[AttentionSpec], limits: Limits, kv_dtype: str) -> Sequence[PagedCache]:
         dtype, slots = torch_dtype(kv_dtype), limits.num_blocks * limits.block_size
         try:
-            return [
+            caches = [
                 PagedCache(
                     *(torch.zeros(slots, x.kv_heads, x.head_dim, dtype=dtype, device=self._device) for _ in range(2))
                 )
@@ -44,6 +44,8 @@ class StaticAttention:
                 f"the KV cache of {limits.num_blocks} blocks takes {total / 2**30:.2f} GiB and could not be allocated; "
                 f"lower max_model_len, max_num_seqs or the cache's memory"
             ) from error
+        self._inputs.programs.keeps("caches", [store for cache in caches for store in (cache.keys, cache.values)])
+        return caches
 
     def plan(self, inputs: StepInputs) -> Any:
         assert isinstance(inputs, StaticStepInputs)

@@ -32,6 +32,9 @@ class Target:
     providers: dict[str, str]
     layout: AttentionLayout = field(default_factory=RowLayout)
     memory: Memory | None = None
+    programs: Programs | None = None
+    """Where they are not made by Dynamo alone."""
+    ops: StaticOps | None = None
     on_close: Callable[[], None] = lambda: None
 
 
@@ -41,9 +44,9 @@ class StaticBackend:
     def __init__(self, target: Target) -> None:
         where = target.torch_device
         self._target = target
-        self._programs = Programs(target.compiler)
+        self._programs = target.programs or Programs(target.compiler)
         self._memory = target.memory or StaticMemory(where)
-        self._ops = StaticOps(where)
+        self._ops = target.ops or StaticOps(where)
         self._inputs = StaticInputs(where, target.layout, self._programs)
         self._attention = StaticAttention(where, self._inputs, target.layout)
         self._sampling = StaticSampling(where, self._inputs, self._programs)

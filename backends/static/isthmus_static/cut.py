@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from isthmus.reference.noise import gumbel_noise, token_keys
+from isthmus_static.noise import gumbel_noise
 
 WIDTH: Final = 128.0
 STEPS: Final = 34
@@ -32,8 +32,8 @@ def draw(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -
     kept = kept & (below > _kth(below, kept, top_k))
     kept = kept & (below > _nucleus(below, kept, top_p))
     ids = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
-    noise = gumbel_noise(keys[:, None], token_keys(ids + 0)[None, :])
-    return lowest_best(torch.where(kept, below + noise, float("-inf")))
+    scores = below + gumbel_noise(keys[:, None], ids[None, :])
+    return lowest_best(torch.where(kept, scores, float("-inf")))
 
 
 def lowest_best(scores: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class StaticInputs:
     def __init__(self, device: torch.device, layout: AttentionLayout, programs: Programs) -> None:
         self._device = device
         self._layout = layout
-        self._programs = programs
+        self.programs: Final = programs
 
     def allocate(self, limits: Limits) -> DeviceState:
         self.limits = limits
@@ -50,17 +52,19 @@ class StaticInputs:
             **self._layout.sizes(limits),
         }
         self.buffer = StepBuffer(self._device, ints, dict.fromkeys(SAMPLING_FLOATS, rows))
-        self._programs.feed(self.buffer)
+        self.programs.feed(self.buffer)
         self._block_tables = np.zeros((rows + 1, limits.max_blocks_per_row), np.int32)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=self._device)
 
-        return DeviceState(
+        state = DeviceState(
             tokens=zeros(rows + 1, limits.max_model_len + 1),
             block_tables=zeros(rows + 1, limits.max_blocks_per_row),
             num_prompt_tokens=zeros(rows + 1),
         )
+        self.programs.keeps("rows", (state.tokens, state.block_tables, state.num_prompt_tokens))
+        return state
 
     def upload(self, plan: StepPlan, device: DeviceState) -> None:
         started = self._apply_blocks(plan)
@@ -114,7 +118,7 @@ class StaticInputs:
                 self._block_tables[start.row : start.row + 1].copy(),
                 np.array([start.num_prompt_tokens], np.int32),
             )
-            self._programs.run(
+            self.programs.run(
                 "row start",
                 start_row,
                 device.tokens,

@@ -104,6 +104,12 @@ class Programs:
         self._feed = feed
         self._named.clear()
 
+    def keeps(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Programs may write these whole tensors in place, and no longer those that ``name`` stood for before.
+
+        Dynamo sees by itself what a program writes; a compiler that does not overrides this.
+        """
+
     def ready(self) -> None:
         """Every shape has been compiled."""
         self._is_ready = True
@@ -123,12 +129,14 @@ class Programs:
         if known is not None:
             result: T = known(*tensors)
             return result
-        compiled, result = self._compile(name, lambda: function(*tensors))
+        compiled, result = self._compile(name, lambda: function(*tensors), tensors)
         self._named[key] = _Function(compiled, tensors)
         return result
 
-    def _compile(self, name: str, step: Callable[[], T]) -> tuple[Compiled[T], T]:
-        """Also what the first run returned."""
+    def _compile(
+        self, name: str, step: Callable[[], T], tensors: Sequence[Tensor] | None = None
+    ) -> tuple[Compiled[T], T]:
+        """Also what the first run returned.  ``tensors`` is all that a small program reads or writes."""
         calls: list[tuple[Any, Sequence[Any], Sequence[Any]]] = []
         lookup = torch._dynamo.lookup_backend(self._compiler)
 

@@ -51,5 +51,14 @@ def memory_stats(device: Any = None) -> dict[str, dict[str, int]]:
     return {"allocated_bytes": {"current": _device.allocated_bytes, "peak": _device.peak_bytes}}
 
 
+class Event:
+    """Of the one stream, which runs at once: what was recorded has passed."""
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+torch.neuron.Event = Event
 torch.neuron.get_device_name = _device_name
 torch.neuron.memory_stats = memory_stats
