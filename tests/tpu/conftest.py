@@ -1,4 +1,4 @@
-"""TPU code without a TPU: skipped where the packages of requirements.txt are not installed (`make test-tpu` does that)."""
+"""TPU code without a TPU; skipped where the packages of requirements.txt are missing (`make test-tpu` has them)."""
 
 from __future__ import annotations
 
@@ -61,3 +61,12 @@ def cpu_as_tpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert package is not None and package.origin is not None
     plugin = Path(package.origin).parent / "pjrt_c_api_cpu_plugin.so"
     return {"REAL_PJRT": str(plugin), "TPU_LIBRARY_PATH": str(shim)}
+
+
+@pytest.fixture(scope="session")
+def torch_tpu_step(
+    run_script: Run, cpu_as_tpu: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The figures of torch_tpu_step.py, and in ``path`` the program it wrote."""
+    path = str(tmp_path_factory.mktemp("stablehlo") / "step.mlir")
+    return run_script("torch_tpu_step.py", "--stablehlo", path, **cpu_as_tpu) | {"path": path}
