@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from isthmus.contract import AttentionSpec, DeviceInfo
 from isthmus.errors import BackendError, BackendUnavailable, Unsupported
 from isthmus.executor.sizing import choose_kv_dtype
-from isthmus_cuda import probe
+from isthmus_cuda import context, probe
 from isthmus_cuda.backend import capabilities_of, open_backend
 from isthmus_cuda.flash import FlashAttention, _FlashPlanning, _LongSpans, find_flash
 from isthmus_cuda.probe import _Seen, _visible
@@ -88,3 +90,44 @@ def test_flash_attention_takes_a_cache_in_the_queries_dtype_alone(
     inputs = Mock(max_query_length=9)
     attention.attend_long(query, cache, torch.zeros(9, 128, dtype=torch.bfloat16), layer, plan, inputs)
     assert called == ["flash" if flash else "triton"]
+
+
+class FakeDriver:
+    """The CUDA driver's library, some of whose calls fail."""
+
+    def __init__(self, **status: int) -> None:
+        self.status = status
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.called.append(name)
+            return self.status.get(name, 0)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("driver", "called"),
+    [
+        (FakeDriver(), ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]),
+        (FakeDriver(cuInit=100), ["cuInit"]),
+        (FakeDriver(cuDeviceGet=101), ["cuInit", "cuDeviceGet"]),
+    ],
+    ids=["there", "no device", "no such device"],
+)
+def test_the_context_is_made_on_a_thread(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, called: list[str]
+) -> None:
+    monkeypatch.setattr(context.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
+    thread = context.begin_context(0)
+    thread.join(5)
+    assert not thread.is_alive() and driver.called == called
+    assert os.environ["CUDA_MODULE_LOADING"] == "EAGER"
+
+
+def test_a_context_without_a_driver_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "DRIVER", "libnothing.so.0")
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+    context.begin_context(0).join(5)

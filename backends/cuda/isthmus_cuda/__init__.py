@@ -21,6 +21,9 @@ def isthmus_probe() -> list[DeviceInfo]:
 
 @hookimpl
 def isthmus_open(device: DeviceInfo, options: dict[str, Any]) -> Backend:
-    from isthmus_cuda.backend import open_backend
+    from isthmus_cuda.context import begin_context
+
+    begin_context(device.index)
+    from isthmus_cuda.backend import open_backend  # imports torch
 
     return open_backend(device, options)
