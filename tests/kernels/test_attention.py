@@ -216,11 +216,15 @@ def test_verify_spans_share_nothing(device: torch.device, arch: str) -> None:
     check(Step(device, arch, spans, LAYER, torch.float32, LIMITS, table=table, shared_blocks=5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "spans",
-    [DECODE, [(100, 8), (31, 2), (63, 1)], [(0, 70), (50, 33), (200, 1)]],
-    ids=["decode", "verify", "prefill"],
+    ("dtype", "spans"),
+    [
+        (torch.float32, DECODE),
+        (torch.bfloat16, DECODE),
+        (torch.float16, [(100, 8), (31, 2), (63, 1)]),
+        (torch.bfloat16, [(0, 70), (50, 33), (200, 1)]),
+    ],
+    ids=["decode float32", "decode bfloat16", "verify float16", "prefill bfloat16"],
 )
 def test_a_cache_of_8_bits(
     device: torch.device, arch: str, dtype: torch.dtype, spans: list[tuple[int, int]], eight_bits: None
