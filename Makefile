@@ -8,7 +8,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo serve chat install dev model test test-contract test-rocm lint types format sizes clean
+.PHONY: demo serve chat install dev model test test-contract test-rocm test-static test-xla test-tpu lint types format sizes clean
 
 demo: install model  ## A real model answers over HTTP, then the server stops
 	$(BIN)/python examples/demo.py --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -53,6 +53,22 @@ test-contract: dev model  ## The certification kit on the CPU, on no device, and
 
 test-rocm: dev  ## Compiles every launch of the ROCm backend for five architectures; some minutes, no card needed
 	$(BIN)/python tests/kernels/rocm_compile.py --out benchmarks/results/rocm_compile.json
+
+test-static: dev model  ## TPU, Neuron and Gaudi on stand-ins of their SDKs, the certification kit and a server included; some minutes
+	$(BIN)/python -m pytest -q tests/static -m 'slow or not slow' --timeout 1800
+
+test-xla:  ## What needs torch_xla 2.9, in an environment of its own (.venv-xla, 2.3 GB)
+	$(PYTHON) scripts/xla_env.py .venv-xla
+	.venv-xla/bin/python -m pytest -q tests/xla
+
+test-tpu: .venv-tpu/.installed  ## What needs torch_tpu and the TPU's compiler, in an environment of its own (.venv-tpu, 2.7 GB)
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 .venv-tpu/bin/python -m pytest -q tests/tpu
+
+.venv-tpu/.installed: tests/tpu/requirements.txt pyproject.toml scripts/install_torch.py
+	$(PYTHON) -m venv .venv-tpu
+	TORCH=torch==2.13.0 .venv-tpu/bin/python scripts/install_torch.py
+	.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -r tests/tpu/requirements.txt -e .
+	@touch $@
 
 lint: dev
 	$(BIN)/ruff check .
