@@ -1,4 +1,4 @@
-"""Intel Gaudi: steps compiled in static shapes by its PyTorch bridge, flat paged attention, 8-bit weights on request."""
+"""Intel Gaudi: steps compiled in static shapes by its bridge, flat paged attention, 8-bit weights on request."""
 
 from __future__ import annotations
 

@@ -102,6 +102,7 @@ class Programs:
     def feed(self, feed: Feed) -> None:
         """Graphs captured from now on read these tensors."""
         self._feed = feed
+        self._is_ready = False
         self._named.clear()
 
     def keeps(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -155,7 +156,8 @@ class Programs:
         taken = time.perf_counter() - began
         assert len(calls) == 1, f"{name} became {len(calls)} graphs"
         self._count(name, taken)
-        return Compiled(*calls[0], result), result
+        # Dynamo keeps what it compiled, and with it this list: the tensors in it are not to live as long.
+        return Compiled(*calls.pop(), result), result
 
     def _count(self, name: str, seconds: float) -> None:
         self.compiles += 1

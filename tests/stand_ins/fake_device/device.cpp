@@ -142,6 +142,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isPinnedPtr(const void*) const override { return false; }
+  // Of the host's side of a copy that does not block.
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     resize_storage(storage, bytes);
   }

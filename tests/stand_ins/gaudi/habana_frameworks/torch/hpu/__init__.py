@@ -45,6 +45,10 @@ def memory_stats(device: object = None) -> dict[str, int]:
     return {"Limit": _device.total_memory, "InUse": _device.allocated_bytes, "MaxInUse": _device.peak_bytes}
 
 
+class Stream:
+    """The one there is; Dynamo looks for the class."""
+
+
 class Event:
     """Of the one stream, which runs at once: what was recorded has passed."""
 
@@ -54,6 +58,7 @@ class Event:
 
 
 torch.hpu.synchronize = synchronize
+torch.hpu.Stream = Stream
 torch.hpu.Event = Event
 torch.hpu.memory_stats = memory_stats
 
