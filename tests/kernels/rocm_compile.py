@@ -321,11 +321,13 @@ def on_cdna(target: Target) -> bool:
     return target.wavefront == 64
 
 
-def products(ahead: AheadOfTime, target: Target) -> None:
+def products(
+    ahead: AheadOfTime, target: Target, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+) -> None:
     """The products of few rows, which no table of this backend asks for yet."""
     scratch = LinearScratch(META)
     in_tile = 128 if target.shared_bytes > 65536 else 64
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         weight = torch.empty(4096, 4096, dtype=dtype, device=META)
         with ahead.case(f"few rows {str(dtype).removeprefix('torch.')}"):
             row = torch.empty(1, 4096, dtype=dtype, device=META)
@@ -389,8 +391,9 @@ def compile_target(name: str, quick: bool) -> int:
     for shape in QUICK_SHAPES if quick else SHAPES:
         if shape.suits(target):
             attention(ahead, target, UNITS[name], shape, steps)
-    layer_arithmetic(ahead, target, (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16))
-    products(ahead, target)
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
+    layer_arithmetic(ahead, target, dtypes)
+    products(ahead, target, dtypes)
     step_preparation(ahead)
     sampling(ahead, target, (128_256,) if quick else (49_152, 128_256, 262_144))
     return 0 if ahead.results and all(result.ok for result in ahead.results) else 1
