@@ -50,6 +50,7 @@ test-contract: dev model  ## The certification kit on the CPU, on no device, and
 	$(BIN)/isthmus certify --device cpu
 	$(BIN)/isthmus certify --device null
 	$(BIN)/python -m pytest -q tests/packaging/test_plugin_example.py
+	$(BIN)/python -m pytest -q tests/packaging/test_wheel.py -m slow
 
 test-rocm: dev  ## Compiles every launch of the ROCm backend for five architectures; some minutes, no card needed
 	$(BIN)/python tests/kernels/rocm_compile.py --out benchmarks/results/rocm_compile.json

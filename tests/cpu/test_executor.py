@@ -335,29 +335,6 @@ def test_graphs_replay_what_eager_steps_do(
         assert replays == driver.steps
 
 
-@pytest.mark.parametrize("scope", [GraphScope.FORWARD, GraphScope.STEP])
-def test_every_step_of_a_bucketed_device_is_a_replay(alone: list[list[int]], scope: GraphScope) -> None:
-    graphs = RecordingGraphs()
-    backend = ReferenceBackend(
-        capabilities=capabilities(
-            graph_scope=scope,
-            shapes=ShapePolicy.BUCKETED,
-            token_buckets=(8, 64),
-            span_buckets=(1, 16),
-            block_buckets=(8,),
-        ),
-        graphs=graphs,
-        sampling=GreedySampling() if scope is GraphScope.STEP else None,
-    )
-    executor = make_executor(backend, in_flight=2)
-    assert executor.capture() == ()
-    captured = [item.shape for item in executor.graphs.captured]
-    assert len(captured) == len(graphs.order) and all(shape.blocks in (8, MAX_LEN // SIZE) for shape in captured)
-    executor._model = Watched(executor._model, bad={0: AssertionError("a step ran without its graph")})  # type: ignore[misc]
-    driver = Driver(executor, sequences(37), chunk=7)
-    assert driver.run(NUM_TOKENS) == alone[:37]
-
-
 def test_the_smallest_graph_that_fits_is_replayed() -> None:
     graphs = RecordingGraphs()
     backend = ReferenceBackend(capabilities=capabilities(graph_scope=GraphScope.FORWARD), graphs=graphs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from isthmus.cache import BlockManager
-from isthmus.contract import AttentionSpec, Limits, ShapePolicy, SpanMix
+from isthmus.contract import AttentionSpec, GraphScope, Limits, ShapePolicy, SpanMix
 from isthmus.engine.core import EngineCore
 from isthmus.engine.messages import AddRequest, FinishReason, Logprobs, pack_tokens
 from isthmus.executor import Executor
@@ -46,6 +47,30 @@ class Arrangement:
     in_flight: int = 1
     bucketed: bool = False
     span_mix: SpanMix = SpanMix.ANY
+    captured: bool = False
+    """Every step is a replay; one that is not fails."""
+
+
+@dataclasses.dataclass
+class Replay:
+    step: Callable[[], Any]
+
+    def replay(self, num_tokens: int) -> Any:
+        return self.step()
+
+
+class Closures:
+    """Captures a step by keeping it."""
+
+    def capture(self, step: Callable[[], Any], num_tokens: int) -> Replay:
+        return Replay(step)
+
+
+class NeverEager:
+    def forward(self, *args: Any) -> Any:
+        raise AssertionError("a step ran without its graph")
+
+    logits = forward
 
 
 @dataclasses.dataclass
@@ -74,8 +99,11 @@ def run(prompts: list[list[int]], samplings: list[RowSampling], how: Arrangement
             span_buckets=(1, 4, 16),
             block_buckets=(2, 4),
             max_long_spans=3,
+            graph_scope=GraphScope.FORWARD if how.captured else GraphScope.NONE,
         )
-    backend = ReferenceBackend(capabilities=capabilities, asynchronous=how.in_flight > 1)
+    backend = ReferenceBackend(
+        capabilities=capabilities, asynchronous=how.in_flight > 1, graphs=Closures() if how.captured else None
+    )
     source = ModelSource(name="tiny", path=Path("tiny"), kind="safetensors")
     decoder = load_decoder(source, SPEC, backend, "float32", MAX_LEN, random_weights=True, progress=False)
     limits = Limits(
@@ -88,6 +116,9 @@ def run(prompts: list[list[int]], samplings: list[RowSampling], how: Arrangement
     )
     caches = backend.attention.allocate([layer.attention for layer in SPEC.layers], limits, "float32")
     executor = Executor(backend, decoder, limits, caches, max_steps_in_flight=how.in_flight)
+    if how.captured:
+        assert executor.capture() == ()
+        executor._model = NeverEager()  # type: ignore[misc]
     scheduler_limits = SchedulerLimits(
         max_num_seqs=how.rows,
         max_num_batched_tokens=how.tokens,
@@ -167,6 +198,10 @@ ARRANGEMENTS = {
     "singles apart": Arrangement(span_mix=SpanMix.SINGLES_APART, rows=16, tokens=64),
     "singles apart, in buckets": Arrangement(
         span_mix=SpanMix.SINGLES_APART, bucketed=True, rows=16, tokens=64, in_flight=2, prefix_caching=True
+    ),
+    "captured buckets": Arrangement(bucketed=True, captured=True, rows=16, tokens=64, in_flight=2),
+    "captured buckets, singles apart": Arrangement(
+        span_mix=SpanMix.SINGLES_APART, bucketed=True, captured=True, rows=12, tokens=64, num_blocks=40
     ),
 }
 

@@ -66,7 +66,6 @@ class Capabilities:
     dtypes: tuple[str, ...] = ("float32",)
     """Weight and compute dtypes, the preferred one for a checkpoint's own dtype first."""
     kv_dtypes: tuple[str, ...] = ("float32",)
-    quantization: tuple[str, ...] = ()
     block_sizes: tuple[int, ...] = (16,)
     """Tokens a KV block may hold; the first is the default."""
     max_head_dim: int = 256
@@ -86,15 +85,11 @@ class Capabilities:
     """How many steps may be submitted before the first is collected."""
     sliding_window: bool = False
     logit_softcap: bool = False
-    attention_sinks: bool = False
     experts: bool = False
-    device_sampling: bool = True
-    """Sampling runs on the device; otherwise the core's reference samples on the host."""
     logprobs: bool = True
     """Log-probabilities of sampled tokens can be had."""
     prompt_logprobs: bool = True
     """Those of a prompt's tokens can be had."""
-    collectives: tuple[str, ...] = ()
     unified_memory: bool = False
     """The KV cache is taken from host memory: sized in bytes, not as a share of the device."""
     default_max_rows: int = 64

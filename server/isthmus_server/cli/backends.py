@@ -66,11 +66,9 @@ def _device(device: DeviceInfo) -> str:
 
 def _abilities(capabilities: Capabilities) -> str:
     parts = [", ".join(capabilities.dtypes)]
-    if capabilities.quantization:
-        parts.append(", ".join(capabilities.quantization))
     parts.append(f"blocks of {', '.join(map(str, capabilities.block_sizes[:4]))}")
     parts.append(f"graphs: {capabilities.graph_scope}")
     parts.append(f"{capabilities.max_steps_in_flight} steps in flight")
-    features = ("sliding_window", "logit_softcap", "attention_sinks", "experts", "logprobs")
+    features = ("sliding_window", "logit_softcap", "experts", "logprobs", "prompt_logprobs")
     parts += [name.replace("_", " ") for name in features if getattr(capabilities, name)]
     return "; ".join(parts)

@@ -87,7 +87,9 @@ class Engine:
             ),
             BlockManager(limits.num_blocks, limits.block_size, prefix_caching=how.prefix_caching, seed=b"certify"),
         )
-        self.core = EngineCore(self.scheduler, self.executor, max_steps_in_flight=depth)
+        self.core = EngineCore(
+            self.scheduler, self.executor, capabilities=backend.capabilities, max_steps_in_flight=depth
+        )
 
     def _executor(self, backend: Backend | ExecutorBackend, options: EngineOptions) -> StepExecutor:
         if isinstance(backend, ExecutorBackend):

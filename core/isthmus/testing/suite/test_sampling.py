@@ -17,7 +17,7 @@ from isthmus.testing.device import DeviceUnderTest
 from isthmus.testing.suite.golden import random
 from isthmus.testing.suite.steps import Span, Starting, Stepper, fitting, plan_of
 
-pytestmark = [pytest.mark.requires_parts, pytest.mark.requires_capability("device_sampling")]
+pytestmark = [pytest.mark.requires_parts]
 
 MAX_LEN = 64
 Rows = list[tuple[list[int], int, dict[str, Any]]]
@@ -332,7 +332,7 @@ def test_logprobs_are_of_the_models_own_logits(
     require_logprobs(result, logits, result["tokens"], num_logprobs)
 
 
-@pytest.mark.requires_capability("logprobs")
+@pytest.mark.requires_capability("prompt_logprobs")
 def test_prompt_logprobs(isthmus_device: DeviceUnderTest) -> None:
     device, vocab = isthmus_device, 1000
     logits, following = random(9, vocab, seed=78) * 3, (torch.arange(9) * 313 % vocab).int()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.errors import Unsupported
+from isthmus.errors import InvalidRequest, Unsupported
+from isthmus.sampling_params import RowSampling
 from isthmus.testing.device import DeviceUnderTest
 from isthmus.testing.suite.engines import Arrangement, Engine
 from isthmus.testing.tiny_model import write_tiny_model
@@ -35,6 +36,22 @@ def test_block_sizes(isthmus_device: DeviceUnderTest, tmp_path: Path) -> None:
 
 def test_heads_that_are_too_wide(isthmus_device: DeviceUnderTest, tmp_path: Path) -> None:
     refused(isthmus_device, tmp_path, {}, head_dim=2 * (isthmus_device.capabilities.max_head_dim // 2 + 8))
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked"), [("logprobs", {"num_logprobs": 1}), ("prompt_logprobs", {"num_prompt_logprobs": 1})]
+)
+def test_log_probabilities(
+    isthmus_device: DeviceUnderTest, tmp_path: Path, capability: str, asked: dict[str, Any]
+) -> None:
+    if isthmus_device.declares(capability):
+        return
+    how = Arrangement(dtype=isthmus_device.capabilities.dtypes[0], rows=1, tokens=16)
+    engine = Engine(isthmus_device.backend, isthmus_device.model or str(write_tiny_model(tmp_path)), how)
+    with pytest.raises(InvalidRequest) as raised:
+        engine.run([[1, 2, 3]], RowSampling(max_tokens=1, **asked))
+    engine.close()
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
