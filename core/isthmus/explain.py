@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
 from isthmus.config import EngineOptions
-from isthmus.contract import Backend, Capabilities, ExecutorBackend, GraphScope, ShapePolicy
+from isthmus.contract import Backend, ExecutorBackend, GraphScope, Limits, ShapePolicy, StepShape
 from isthmus.errors import OutOfMemory
 from isthmus.plugins import Selection, select_backend
 from isthmus.refusals import refusals
 
 if TYPE_CHECKING:
+    from isthmus.executor.shapes import Padding
     from isthmus.executor.sizing import StepLimits
     from isthmus.model.source import ModelSource
     from isthmus.model.spec import ModelSpec
@@ -66,6 +67,10 @@ class Explanation:
     graph_sizes: tuple[int, ...] = ()
     token_buckets: tuple[int, ...] = ()
     span_buckets: tuple[int, ...] = ()
+    block_buckets: tuple[int, ...] = ()
+    """KV blocks that a step's attention is padded to; see ``Capabilities.blocks_counted``."""
+    num_graphs: int = 0
+    """One for each size, or for each combination of buckets that a step can have."""
     steps_in_flight: int = 1
     providers: dict[str, str]
     downgrades: tuple[str, ...] = ()
@@ -95,7 +100,7 @@ class Explanation:
         entries = [
             ("weights", ledger.weights, self.dtype),
             ("workspace", ledger.workspace, f"estimate, {self.max_num_batched_tokens} tokens a step"),
-            ("graphs", ledger.graphs, f"estimate, {len(self.graph_sizes)} of them" if self.graph_sizes else "none"),
+            ("graphs", ledger.graphs, f"estimate, {self.num_graphs} of them" if self.num_graphs else "none"),
             ("KV cache", ledger.kv, f"{self.kv_dtype}, {ledger.kv_per_token / 1024:.1f} KiB a token"),
         ]
         lines = [f"memory, of {ledger.available / GIB:.2f} GiB available ({ledger.total / GIB:.2f} GiB in all)"]
@@ -112,10 +117,14 @@ class Explanation:
             lines.append(f"KV blocks of {self.block_size} tokens")
         if self.token_buckets or self.span_buckets:
             lines.append(f"padded to {_listed(self.token_buckets)} tokens and {_listed(self.span_buckets)} rows")
+            if self.block_buckets:
+                lines.append(f"attention padded to {_listed(self.block_buckets)} KV blocks")
         else:
             lines.append("any number of tokens and rows, unpadded")
         if self.graph_sizes:
-            lines.append(f"graphs of {self.graph_scope} captured for {_listed(self.graph_sizes)} tokens")
+            sizes = f"graphs of {self.graph_scope} captured for {_listed(self.graph_sizes)} tokens"
+            bucketed = f", {self.num_graphs} shapes in all" if self.token_buckets else ""
+            lines.append(sizes + bucketed)
         return lines
 
 
@@ -147,6 +156,7 @@ def _own_executor(options: EngineOptions, backend: ExecutorBackend, selection: S
         graph_scope=c.graph_scope,
         token_buckets=c.token_buckets,
         span_buckets=c.span_buckets,
+        block_buckets=c.block_buckets,
         steps_in_flight=c.max_steps_in_flight if options.scheduler.overlap else 1,
         providers=backend.providers(),
         downgrades=tuple(refusals(c)),
@@ -202,7 +212,9 @@ class _Look:
         )
         if self.asked_tokens and self.asked_tokens > max_model_len:
             sizing += (f"requests are counted at {max_model_len} tokens, the longest that fits",)
-        token_buckets, span_buckets = self._buckets(capabilities)
+        captured = self._captured(max_model_len, num_blocks)
+        bucketed = capabilities.shapes is ShapePolicy.BUCKETED
+        shapes = self._padding(max_model_len, num_blocks).shapes() if bucketed else []
         return Explanation(
             model=options.model.model,
             architecture=self.spec.architecture,
@@ -221,9 +233,11 @@ class _Look:
             request_tokens=request,
             requests=num_blocks // -(-request // self.block_size) if request else 0,
             graph_scope=capabilities.graph_scope,
-            graph_sizes=self._graph_sizes(),
-            token_buckets=token_buckets,
-            span_buckets=span_buckets,
+            graph_sizes=tuple(sorted({shape.tokens for shape in captured})),
+            num_graphs=len(captured),
+            token_buckets=tuple(sorted({shape.tokens for shape in shapes})),
+            span_buckets=tuple(sorted({shape.spans for shape in shapes})),
+            block_buckets=tuple(sorted({shape.blocks for shape in shapes} - {0})),
             steps_in_flight=capabilities.max_steps_in_flight if options.scheduler.overlap else 1,
             providers=self.backend.providers(),
             downgrades=(*self.step.notes, *sizing, *notes),
@@ -285,23 +299,30 @@ class _Look:
 
     def _graphs(self) -> int:
         """One pool, as large as the largest graph needs it."""
-        sizes = self._graph_sizes()
-        return self._workspace(max(sizes)) if sizes else 0
+        shapes = self._captured(self.max_model_len, 1)
+        return self._workspace(max(shapes).tokens) if shapes else 0
 
-    def _graph_sizes(self) -> tuple[int, ...]:
-        from isthmus.executor.shapes import decode_sizes
-
+    def _captured(self, max_model_len: int, num_blocks: int) -> list[StepShape]:
         c, step = self.backend.capabilities, self.step
         if c.graph_scope is GraphScope.NONE or not self.options.backend.graphs:
-            return ()
+            return []
         if c.graph_any_size:
-            return (step.max_rows if c.graph_scope is GraphScope.STEP else step.max_tokens,)
-        return tuple(decode_sizes(min(step.max_rows, step.max_tokens)))
+            size = step.max_rows if c.graph_scope is GraphScope.STEP else step.max_tokens
+            return [StepShape(size, step.max_rows, step.max_rows)]
+        return self._padding(max_model_len, num_blocks).shapes()
 
-    def _buckets(self, capabilities: Capabilities) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if capabilities.shapes is not ShapePolicy.BUCKETED:
-            return (), ()
-        return capabilities.token_buckets, capabilities.span_buckets
+    def _padding(self, max_model_len: int, num_blocks: int) -> Padding:
+        from isthmus.executor.shapes import Padding
+
+        limits = Limits(
+            max_rows=self.step.max_rows,
+            max_tokens=self.step.max_tokens,
+            max_model_len=max(max_model_len, 1),
+            block_size=self.block_size,
+            num_blocks=num_blocks + 1,
+            vocab_size=self.spec.vocab_size,
+        )
+        return Padding(self.backend.capabilities, limits)
 
 
 def _indented(lines: Iterable[str]) -> list[str]:

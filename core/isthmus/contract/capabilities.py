@@ -19,7 +19,8 @@ class GraphScope(StrEnum):
 
     NONE = "none"
     FORWARD = "forward"
-    """The model's forward, from prepared inputs to logits."""
+    """The model's forward, from the inputs' preparation to logits; with ``graph_any_size`` from prepared inputs to
+    hidden states."""
     STEP = "step"
     """Input preparation, forward and sampling: the whole device side of a step."""
 

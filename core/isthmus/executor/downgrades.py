@@ -33,7 +33,8 @@ def _step_notes(options: EngineOptions, capabilities: Capabilities) -> list[str]
     elif not options.backend.graphs:
         notes.append("every step runs eagerly: graphs are switched off")
     elif scope is GraphScope.FORWARD:
-        notes.append("inputs and sampling run outside the graph: the backend captures the forward alone")
+        outside = "inputs and sampling run" if capabilities.graph_any_size else "sampling runs"
+        notes.append(f"{outside} outside the graph: the backend captures the forward alone")
     if capabilities.max_steps_in_flight == 1:
         notes.append("the device waits while a step is planned: the backend takes one step at a time")
     elif not options.scheduler.overlap:
