@@ -10,6 +10,7 @@ import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,12 @@ def test_tensors_of_two_devices_are_refused(device: FakeDevice) -> None:
 
 # Rules of a graph.
 
+
+def general(device: torch.device) -> Any:
+    """What has the functions that every device has; TorchTPU keeps its own to PyTorch itself."""
+    return torch.accelerator if device.type == "tpu" else torch.get_device_module(device)
+
+
 FORBIDDEN: dict[str, Callable[[torch.Tensor], object]] = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.any()),
@@ -189,7 +196,7 @@ FORBIDDEN: dict[str, Callable[[torch.Tensor], object]] = {
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
     "bincount": lambda x: torch.bincount(x.long()),
-    "synchronize": lambda x: torch.get_device_module(x.device).synchronize(),
+    "synchronize": lambda x: general(x.device).synchronize(),
 }
 
 
@@ -341,9 +348,10 @@ experimental = pytest.mark.filterwarnings("ignore:.*is experimental")  # what TP
 @experimental
 def test_the_device_module_says_what_the_device_is(device: FakeDevice) -> None:
     module = torch.get_device_module(device.name)
-    assert module.is_available() and module.device_count() == 1 and module.current_device() == 0
+    functions = general(device.torch_device)
+    assert functions.is_available() and functions.device_count() == 1 and module.current_device() == 0
     assert isinstance(module.get_device_name(), str)
-    module.synchronize()
+    functions.synchronize()
     assert device.counters().synchronizations == 1
     with pytest.raises(ValueError, match="one"):
         module.set_device(1)
@@ -368,6 +376,8 @@ def test_memory_is_reported_by_the_names_that_the_vendor_has(device: FakeDevice)
         assert module.memory_allocated() == device.allocated_bytes >= x.nbytes
     else:
         assert not hasattr(module, "memory_allocated")
+        with pytest.raises(RuntimeError, match=r"torch\.accelerator\.synchronize"):
+            module.synchronize()
 
 
 @pytest.mark.skipif(os.environ.get("PT_HPU_LAZY_MODE") != "1", reason="HPU graphs exist in Gaudi's lazy mode alone")

@@ -1,26 +1,33 @@
-"""Google TPU: the name is taken, the backend is not written yet.
-
-Choosing it says so in one line; nothing here pretends to run.
-"""
+"""Google TPU: steps compiled in static shapes, by torch_tpu's own device or through torch_xla."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from isthmus.contract import Backend, DeviceInfo
-from isthmus.errors import BackendUnavailable
+from isthmus.contract import Capabilities, DeviceInfo
 from isthmus.hookspecs import hookimpl
+from isthmus_tpu.capabilities import capabilities_of
+from isthmus_tpu.probe import probe_devices
 
-CONTRACT_VERSION = (1, 0)
+if TYPE_CHECKING:
+    from isthmus.contract import Backend
 
-REASON = "this release has no backend for Google TPU yet; use --device cpu, or install a plugin that provides one"
+CONTRACT_VERSION: Final = (1, 0)
 
 
 @hookimpl
 def isthmus_probe() -> list[DeviceInfo]:
-    raise BackendUnavailable(REASON)
+    return probe_devices()
+
+
+@hookimpl
+def isthmus_capabilities(device: DeviceInfo) -> Capabilities:
+    # A process that opens a TPU has it alone, so that a list must not open one.
+    return capabilities_of(device)
 
 
 @hookimpl
 def isthmus_open(device: DeviceInfo, options: dict[str, Any]) -> Backend:
-    raise BackendUnavailable(REASON)
+    from isthmus_tpu.backend import open_backend
+
+    return open_backend(device, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -65,7 +66,8 @@ class FileReader:
         if buffer is None:
             buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
             if device.type != "cpu" and torch.accelerator.is_available():
-                buffer = buffer.pin_memory()
+                with suppress(RuntimeError):  # a runtime that cannot lock pages: the copy waits instead
+                    buffer = buffer.pin_memory()
             self._local.buffer = buffer
         return buffer
 
