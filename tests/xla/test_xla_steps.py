@@ -169,3 +169,20 @@ def test_a_cpu_keeps_no_executables(xla: Any, tmp_path: Path) -> None:
 
 def test_a_cpu_does_not_tell_its_memory(xla: Any) -> None:
     assert xla.memory_bytes(xla.device()) is None
+
+
+def test_state_that_a_step_only_reads_is_kept(xla: Any) -> None:
+    """A result of its size would be put into its memory, if that were given away."""
+    x, read, written = (torch.full((64, 64), value).to(xla.device()) for value in (1.0, 2.0, 0.0))
+    first = torch.zeros(1, dtype=torch.int64).to(xla.device())
+
+    def step() -> Tensor:
+        written.index_copy_(0, first, x[:1])
+        return read * 2 + x
+
+    run, arguments, _, _ = xla.compile_step(step, [x], [read, written])
+    addresses = [xla.buffer_address(tensor) for tensor in (read, written)]
+    for _ in range(3):
+        assert run(*arguments)[0].sum().item() == 5 * 64 * 64
+        assert [xla.buffer_address(tensor) for tensor in (read, written)] == addresses
+        assert (read.sum().item(), written.sum().item()) == (2 * 64 * 64, 64)

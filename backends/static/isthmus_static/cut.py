@@ -28,7 +28,8 @@ def draw(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -
     """
     below = x - x.amax(dim=-1, keepdim=True)
     floor = min_p.clamp(min=1e-38).log()[:, None]
-    kept = (below >= floor) | (min_p <= 0.0)[:, None]
+    uncut = (min_p <= 0.0)[:, None]
+    kept = torch.where(uncut, uncut, below >= floor)  # not every compiler documents an or
     kept = kept & (below > _kth(below, kept, top_k))
     kept = kept & (below > _nucleus(below, kept, top_p))
     ids = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
@@ -69,7 +70,7 @@ def _bisected(below: Tensor, stays: Callable[[Tensor], Tensor], everything: Tens
     rows = below.shape[0]
     low = torch.full((rows, 1), -WIDTH, device=below.device)
     high = torch.zeros((rows, 1), device=below.device)
-    unbounded = everything | stays(low)
+    unbounded = torch.where(everything, everything, stays(low))
     for _ in range(STEPS):
         middle = (low + high) * 0.5
         holds = stays(middle)

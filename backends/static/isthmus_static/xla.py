@@ -118,8 +118,12 @@ def donate(tensors: Iterable[Tensor]) -> None:
     The mark lies on a tensor's present buffer and is lost when anything is computed into it, so it
     is set again before each compilation.  ``openxla`` copies each tensor whole in every step without.
     """
+    _mark(tensors, donated=True)
+
+
+def _mark(tensors: Iterable[Tensor], *, donated: bool) -> None:
     for tensor in tensors:
-        torch.ops.xla.dynamo_set_buffer_donor_(tensor, True)
+        torch.ops.xla.dynamo_set_buffer_donor_(tensor, donated)
 
 
 def compile_step(
@@ -128,7 +132,7 @@ def compile_step(
     """Compile ``step`` by running its Python once over tensors that only note what is done to them.
 
     torch.compile with ``openxla`` gives the same program, after tracing it three times.  ``step``
-    reads ``inputs``, which are new in each step, writes ``state`` in place and nothing else, and
+    reads ``inputs``, which are new in each step, may write ``state`` in place and nothing else, and
     returns tensors, alone or in tuples, lists and dicts.  ``state`` are whole tensors, not views,
     made outside inference mode (in which this may be called).  Every other tensor that ``step``
     reads is part of the program, by reference.
@@ -143,7 +147,7 @@ def compile_step(
     from torch_xla._dynamo import dynamo_bridge
 
     arguments = [*inputs, *state]
-    traced = _Traced(step, arguments)
+    traced = _Traced(step, arguments, state)
     with _tracing(state):
         wait()
         donate(state)
@@ -171,9 +175,10 @@ def _tracing(state: Sequence[Tensor]) -> Iterator[None]:
 class _Traced:
     """As much of a graph module as torch_xla's bridge looks at."""
 
-    def __init__(self, step: Callable[[], Any], arguments: Sequence[Tensor]) -> None:
+    def __init__(self, step: Callable[[], Any], arguments: Sequence[Tensor], state: Sequence[Tensor]) -> None:
         self.xla_args = tuple(arguments)
         self._step = step
+        self._state = list(state)
         self._structure: pytree.TreeSpec | None = None
 
     def parameters(self) -> Iterable[Tensor]:
@@ -182,7 +187,17 @@ class _Traced:
     def __call__(self, *_arguments: Tensor) -> list[Tensor]:
         leaves, self._structure = pytree.tree_flatten(self._step())
         assert all(isinstance(leaf, torch.Tensor) for leaf in leaves), "a compiled step returns tensors"
+        self._spare_what_is_only_read()
         return leaves
+
+    def _spare_what_is_only_read(self) -> None:
+        """Its memory would be given to some result, and be lost."""
+        import torch_xla
+
+        written = torch_xla._XLAC._check_tensor_need_materialization(self._state)
+        _mark(
+            [tensor for tensor, is_written in zip(self._state, written, strict=True) if not is_written], donated=False
+        )
 
     def arranged(self, outputs: Sequence[Tensor]) -> Any:
         assert self._structure is not None
