@@ -132,6 +132,8 @@ def _gathered(store: Tensor, tables: Tensor, block_size: int) -> Tensor:
     """float32 [tiles, kv_heads, blocks * block_size, head_dim]."""
     tiles, blocks = tables.shape
     kv, dim = store.shape[1:]
-    by_block = store.view(-1, block_size * kv * dim)
+    # Whole blocks, and heads apart: a view that folds heads has another layout in memory than the cache where a
+    # compiler tiles arrays by their last two axes, and would copy the cache for it.
+    by_block = store.view(-1, block_size, kv, dim)
     found = by_block.index_select(0, tables.flatten()).view(tiles, blocks * block_size, kv, dim)
     return found.transpose(1, 2).float()

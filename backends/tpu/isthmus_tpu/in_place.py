@@ -22,29 +22,33 @@ STOCK: Final = "tpu"
 
 def register() -> str:
     """The name of the Dynamo compiler to use: :data:`NAME`, or :data:`STOCK` where torch_tpu has not what it needs."""
-    if NAME in torch._dynamo.list_backends():
-        return NAME
-    compiler = _compiler()
-    if compiler is None:
-        return STOCK
-    torch._dynamo.register_backend(compiler, name=NAME)
+    if NAME not in torch._dynamo.list_backends():
+        try:
+            torch._dynamo.register_backend(compiler(), name=NAME)
+        except (ImportError, AttributeError):
+            return STOCK
     return NAME
 
 
-def _compiler() -> Callable[..., Any] | None:
-    try:
-        from torch_tpu._internal.compile._backend import _TPU_DECOMPOSITIONS
-        from torch_tpu._internal.compile.compiler import StaticCompiler
-        from torch_tpu._internal.execution_mode import EagerMode, set_eager_mode
+def compiler(programs: list[Any] | None = None) -> Callable[..., Any]:
+    """The compiler; ``programs`` receives torch_tpu's notes of each graph, its StableHLO among them.
 
-        tracing = EagerMode._INTERNAL_COMPILE_FX_GRAPH
-    except (ImportError, AttributeError):
-        return None
+    Raises :class:`ImportError` or :class:`AttributeError` where torch_tpu is another than it was written for.
+    """
+    from torch_tpu._internal.compile._backend import _TPU_DECOMPOSITIONS
+    from torch_tpu._internal.compile.compiler import StaticCompiler
+    from torch_tpu._internal.compile.debug import TpuCompileDebug
+    from torch_tpu._internal.execution_mode import EagerMode, set_eager_mode
+
+    tracing = EagerMode._INTERNAL_COMPILE_FX_GRAPH
 
     def compile_forward(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         metadata = TracingContext.get().fw_metadata
         assert metadata is not None
-        return StaticCompiler()(graph, inputs, donated_inputs=list(metadata.mutated_inp_runtime_indices))
+        notes = None if programs is None else TpuCompileDebug()
+        if programs is not None:
+            programs.append(notes)
+        return StaticCompiler(debug=notes)(graph, inputs, donated_inputs=list(metadata.mutated_inp_runtime_indices))
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         with set_eager_mode(tracing):
