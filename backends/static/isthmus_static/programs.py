@@ -111,6 +111,10 @@ class Programs:
         Dynamo sees by itself what a program writes; a compiler that does not overrides this.
         """
 
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
     def ready(self) -> None:
         """Every shape has been compiled."""
         self._is_ready = True

@@ -92,6 +92,8 @@ class StaticSampling:
         else:
             result = self._programs.run("greedy", greedy, logits, device.tokens, buffer.ints)
         packed, chosen, invalid = result
+        if not self._programs.is_ready:
+            self._store(chosen, device)  # changes nothing: a first step that samples on the host is not to compile it
         return PackedSampled(tokens=chosen, invalid=invalid, packed=packed)
 
     def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor, num_logprobs: int) -> Sampled:
@@ -131,14 +133,18 @@ class StaticSampling:
         )
         sampled = self._reference.sample(logits.cpu(), inputs, history, state, num_logprobs)
 
+        self._inputs.buffer.flush()
+        self._store(sampled.tokens.to(self._device), device)
+        return sampled
+
+    def _store(self, chosen: Tensor, device: DeviceState) -> None:
+        samples = len(chosen)
+
         def store(tokens: Tensor, chosen: Tensor, ints: Tensor) -> Tensor:
             tokens.view(-1).index_copy_(0, self._places(ints, samples), chosen)
             return chosen + 0
 
-        buffer = self._inputs.buffer
-        buffer.flush()
-        self._programs.run("store", store, device.tokens, sampled.tokens.to(self._device), buffer.ints)
-        return sampled
+        self._programs.run("store", store, device.tokens, chosen, self._inputs.buffer.ints)
 
 
 def _device_serves(rows: StepRows) -> bool:
