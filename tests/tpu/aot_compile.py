@@ -2,7 +2,8 @@
 
 ``python aot_compile.py --topology v6e:2x2`` compiles the attention kernel at several shapes, a decode
 step around it whose caches are donated, the same split over four chips, and, with ``--stablehlo
-FILE``, the program that torch_tpu made of a step (torch_tpu_step.py).  The last line is JSON.
+FILE``, the program that torch_tpu made of a step (torch_tpu_step.py).  With ``--programs FOLDER``, it
+compiles the programs there instead (engine_steps.py).  The last line is JSON.
 Without ``--topology``, every one of them, one process each; ``--out FILE`` writes the table.
 """
 
@@ -192,8 +193,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--topology", choices=TOPOLOGIES)
     parser.add_argument("--stablehlo", type=Path)
+    parser.add_argument("--programs", type=Path, help="compile the StableHLO files of this folder and nothing else")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.programs:
+        device = devices_of(arguments.topology)[0]
+        files = sorted(arguments.programs.glob("*.mlir"))
+        print(json.dumps([compile_stablehlo(device, path) for path in files]))
+        return
     if arguments.topology:
         print(json.dumps(compile_all(arguments.topology, arguments.stablehlo)))
         return
