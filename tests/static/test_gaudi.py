@@ -86,7 +86,7 @@ def test_the_bridge_without_a_device_says_what_to_look_at(tmp_path: Path) -> Non
 
 
 def test_lazy_mode_is_refused_with_the_remedy() -> None:
-    with pytest.raises(BackendUnavailable, match="PT_HPU_LAZY_MODE is 1.*unset the variable, or set it to 0"):
+    with pytest.raises(BackendUnavailable, match=r"PT_HPU_LAZY_MODE is 1.*unset the variable, or set it to 0"):
         sdk.configure({sdk.LAZY_MODE: "1"})
 
 
@@ -195,12 +195,11 @@ def test_a_real_model_answers_over_http(tmp_path: Path) -> None:
     ) as server:
         try:
             wait_until_ready(server, port)
-            question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
-            answer = httpx.post(
-                f"http://127.0.0.1:{port}/v1/chat/completions",
-                json={"model": MODEL.name, "max_tokens": 16, "temperature": 0.0, **question},
-                timeout=TIMEOUT_S,
-            ).json()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=TIMEOUT_S) as client:
+                question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+                model = client.get("/models").json()["data"][0]["id"]
+                asked = {"model": model, "max_tokens": 16, "temperature": 0.0, **question}
+                answer = client.post("/chat/completions", json=asked).json()
         finally:
             server.terminate()
     assert "Paris" in answer["choices"][0]["message"]["content"], answer

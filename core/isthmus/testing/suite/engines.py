@@ -8,7 +8,7 @@ from typing import Any
 
 from isthmus.cache import BlockManager
 from isthmus.config import BackendOptions, CacheOptions, EngineOptions, ModelOptions, SchedulerOptions
-from isthmus.contract import Backend, ExecutorBackend, StepExecutor
+from isthmus.contract import Backend, Capabilities, ExecutorBackend, StepExecutor
 from isthmus.engine.core import EngineCore
 from isthmus.engine.messages import AddRequest, EngineStats, TokensOut, pack_tokens
 from isthmus.executor import ExecutorReport, build_executor
@@ -48,6 +48,11 @@ class Arrangement:
             ),
             backend=BackendOptions(device=backend.name, graphs=self.graphs),
         )
+
+
+def small_blocks(capabilities: Capabilities) -> int:
+    """A block size of which short prompts fill several: the largest up to 16, or the smallest there is."""
+    return max((size for size in capabilities.block_sizes if size <= 16), default=min(capabilities.block_sizes))
 
 
 @dataclass(slots=True)

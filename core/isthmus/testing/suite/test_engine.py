@@ -19,7 +19,7 @@ from isthmus.errors import InvalidRequest
 from isthmus.reference import ReferenceBackend
 from isthmus.sampling_params import RowSampling
 from isthmus.testing.device import DeviceUnderTest
-from isthmus.testing.suite.engines import GREEDY, Arrangement, Engine, Outcome
+from isthmus.testing.suite.engines import GREEDY, Arrangement, Engine, Outcome, small_blocks
 from isthmus.testing.tiny_model import MODELS, write_tiny_model
 from isthmus.testing.toy_model import VOCAB_SIZE
 
@@ -174,11 +174,13 @@ def test_preempted_requests_go_on_where_they_were(
     expected: Callable[[str], Outcome],
 ) -> None:
     dtype = finest(isthmus_device)
-    longer = RowSampling(max_tokens=40)
+    size, longer = small_blocks(isthmus_device.capabilities), RowSampling(max_tokens=40)
     short = [prompt for prompt in prompts if len(prompt) <= 50] * 2
     with engine(isthmus_device, folder("llama"), Arrangement(rows=1, dtype=dtype)) as running:
         wanted = running.run(short, longer, one_at_a_time=True)
-    with engine(isthmus_device, folder("llama"), Arrangement(cache_tokens=192, dtype=dtype)) as running:
+    with engine(
+        isthmus_device, folder("llama"), Arrangement(cache_tokens=192, dtype=dtype, block_size=size)
+    ) as running:
         # So many short answers that the scheduler takes the next ones to be short as well.
         running.run([[7]] * 40, RowSampling(max_tokens=1))
         found = running.run(short, longer)
@@ -195,7 +197,9 @@ def test_prefixes_that_requests_share_are_computed_once(
     shared = [[*prefix, *prompts[3][:length]] for length in (1, 3, 20, 33)]
     with engine(isthmus_device, folder("llama"), Arrangement(rows=1, dtype=dtype)) as running:
         wanted = running.run(shared, one_at_a_time=True)
-    with engine(isthmus_device, folder("llama"), Arrangement(prefix_caching=True, dtype=dtype)) as running:
+    size = small_blocks(isthmus_device.capabilities)
+    how = Arrangement(prefix_caching=True, dtype=dtype, block_size=size)
+    with engine(isthmus_device, folder("llama"), how) as running:
         running.run([prefix])
         found = running.run(shared)
         assert running.stats.prefix_hits > 0

@@ -14,7 +14,7 @@ from isthmus.contract import StepExecutor
 from isthmus.plan import StepPlan, StepResult
 from isthmus.sampling_params import RowSampling
 from isthmus.testing.device import DeviceUnderTest
-from isthmus.testing.suite.engines import Arrangement, Engine
+from isthmus.testing.suite.engines import Arrangement, Engine, small_blocks
 from isthmus.testing.suite.steps import Span, Starting, plan_of
 from isthmus.testing.tiny_model import write_tiny_model
 
@@ -118,7 +118,7 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(new_executor: Callable[[], StepE
 def test_a_row_may_begin_behind_a_prefix_that_another_computed(
     new_executor: Callable[..., StepExecutor], isthmus_device: DeviceUnderTest
 ) -> None:
-    executor = new_executor(min(isthmus_device.capabilities.block_sizes))
+    executor = new_executor(small_blocks(isthmus_device.capabilities))
     size = executor.limits.block_size
     prefix = -(-16 // size) * size
     if prefix + 5 > 60:
