@@ -28,7 +28,9 @@ def context_blocks(block_size: int, most_tokens: int) -> tuple[int, ...]:
     minutes, and a row reads at most four times the context that it has.
     """
     step = PARTITIONS // gcd(PARTITIONS, block_size)
-    tokens = exponential(512, max(most_tokens, 512))[::2]
+    tokens = [512]
+    while tokens[-1] < most_tokens:
+        tokens.append(4 * tokens[-1])
     return tuple(sorted({whole_tiles(-(-count // block_size), step) for count in tokens}))
 
 
