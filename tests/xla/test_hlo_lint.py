@@ -12,6 +12,7 @@ from torch import Tensor
 
 from isthmus.reference.noise import gumbel_noise, row_keys, token_keys
 from isthmus_neuron.hlo import Finding, lint, operators
+from isthmus_static import noise as documented
 
 MODULE = """HloModule test
 
@@ -142,8 +143,7 @@ def test_a_sampler_of_documented_operators_passes(xla: Any) -> None:
 def test_its_noise_is_the_references(xla: Any) -> None:
     rows, tokens = noise_keys(torch.device("cpu"))
     there, tokens_there = noise_keys(xla.device())
-    assert torch.equal(mixed(tokens_there + 0x7F4A7C15).cpu(), token_keys(tokens))
-    noise = documented_noise(there, tokens_there).cpu()
+    noise = documented.gumbel_noise(there, tokens_there).cpu()
     torch.testing.assert_close(noise, gumbel_noise(rows, token_keys(tokens)), rtol=1e-5, atol=1e-4)
 
 
@@ -176,35 +176,8 @@ def noise_keys(device: torch.device) -> tuple[Tensor, Tensor]:
     return rows[:, None].to(device), torch.arange(1000, dtype=torch.int32)[None].to(device)
 
 
-def xor(left: Tensor, right: Tensor) -> Tensor:
-    """In operators of the table; the sum and the product wrap."""
-    return left + right - 2 * torch.bitwise_and(left, right)
-
-
-def shifted(h: Tensor, bits: int) -> Tensor:
-    """A shift to the right that brings in zeros, of 32 bits: by a plain number, torch_xla shifts 64."""
-    return torch.bitwise_right_shift(h, h.new_full((), bits)) & (2 ** (32 - bits) - 1)
-
-
-def mixed(h: Tensor) -> Tensor:
-    """``fmix32`` of isthmus.reference.noise."""
-    h = xor(h, shifted(h, 16)) * (0x85EBCA6B - 2**32)
-    h = xor(h, shifted(h, 13)) * (0xC2B2AE35 - 2**32)
-    return xor(h, shifted(h, 16))
-
-
-def documented_noise(rows: Tensor, tokens: Tensor) -> Tensor:
-    bits = mixed(xor(rows, mixed(tokens + 0x7F4A7C15)))
-    value = shifted(bits, 16).float() * 2.0**-16 + (bits & 0xFFFF).float() * 2.0**-32 + 2.0**-33
-    value = value.clamp(max=1.0 - 2.0**-24)
-    # log1p(-v) as log(u) * -v / (u - 1) with u = 1 - v, which undoes the rounding of u (Kahan).
-    rest = 1.0 - value
-    exact = torch.log(rest) * -value / torch.where(rest == 1.0, 1.0, rest - 1.0)
-    return -torch.log(-torch.where(rest == 1.0, -value, exact))
-
-
 def sample(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     """A draw without a sort: the first of the largest of logits and noise."""
-    scores = logits + documented_noise(rows, tokens)
+    scores = logits + documented.gumbel_noise(rows, tokens)
     best = scores.amax(-1, keepdim=True)
     return torch.where(scores == best, tokens, scores.shape[1]).amin(-1)
