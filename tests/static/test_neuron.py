@@ -175,13 +175,15 @@ def test_the_older_line_counts_cores_by_the_driver_and_imports_nothing(
     monkeypatch.setattr(artefacts, "configure", lambda *_arguments: None)
     installed.add("torch_neuronx", 'raise SystemExit("imported")\n__version__ = "2.9.0.2.11"\n')
     installed.add("torch_xla", 'raise SystemExit("imported")\n')
-    with pytest.raises(BackendUnavailable, match="the driver lists no Neuron device"):
+    with pytest.raises(BackendUnavailable, match="the driver lists no NeuronCore for it"):
         probe_devices(tmp_path / "none")
     root = driver(tmp_path / "two", [("Inferentia2", 2), ("Inferentia2", 2)])
     found = probe_devices(root)
     assert [(device.index, device.name, device.memory_bytes // 2**30) for device in found] == [
         (index, "AWS Inferentia2", 16) for index in range(4)
     ]
+    monkeypatch.setenv(hardware.VISIBLE_CORES, "0,2-3")
+    assert [device.index for device in probe_devices(root)] == [0, 2, 3]
     assert {core.used_bytes() for core in hardware.cores(root)} == {3 * 2**30 + 2**20}
 
 

@@ -20,8 +20,6 @@ from isthmus_static.backend import StaticBackend, Target
 from isthmus_static.options import require_known, with_buckets
 from isthmus_static.xla_programs import XlaPrograms
 
-VISIBLE_CORES = "NEURON_RT_VISIBLE_CORES"
-
 
 def open_backend(device: DeviceInfo, options: Mapping[str, Any]) -> Backend:
     """``options`` are the buckets of :mod:`isthmus_static.options`.
@@ -58,8 +56,8 @@ def _over_xla(found: Sdk, device: DeviceInfo, capabilities: Capabilities) -> Tar
     core = None
     if not found.rehearsal:
         core = next((core for core in hardware.cores() if core.index == device.index), None)
-        # One core for one process, chosen before the runtime starts; the user's own choice stands.
-        os.environ.setdefault(VISIBLE_CORES, str(device.index))
+        # One core for one process, of those that the user leaves it, chosen before the runtime starts.
+        os.environ[hardware.VISIBLE_CORES] = str(device.index)
         os.environ.setdefault("PJRT_DEVICE", "NEURON")
     from isthmus_static import xla
 

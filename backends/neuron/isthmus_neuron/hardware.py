@@ -5,7 +5,9 @@ No runtime is started: one that starts takes its NeuronCores from every other pr
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,6 +15,8 @@ from typing import Final
 DEVICES: Final = "sys/devices/virtual/neuron_device"
 CORE_GIB: Final = {"inferentia2": 16, "trainium1": 16, "trainium": 16}
 """Memory of one NeuronCore, by the chip's name in lower case: 32 GiB for its two, as AWS's documentation has it."""
+VISIBLE_CORES: Final = "NEURON_RT_VISIBLE_CORES"
+"""The runtime's: cores that a process may take, such as "0-3" or "1,4"."""
 UNKNOWN_CORE_GIB: Final = 12
 """Trainium2 has 96 GiB for eight cores; no chip of this line has less for one."""
 
@@ -21,7 +25,7 @@ UNKNOWN_CORE_GIB: Final = 12
 class Core:
     """One NeuronCore."""
 
-    index: int  # over all devices, as NEURON_RT_VISIBLE_CORES counts
+    index: int  # over all devices, as VISIBLE_CORES counts
     chip: str
     folder: Path
 
@@ -33,6 +37,17 @@ class Core:
         """What all processes have taken: the guide's "total" counters, which tell what is in use now."""
         counters = (self.folder / "stats/memory_usage/device_mem").glob("*/total")
         return sum(int(text) for text in map(_text, counters) if text.isdigit())
+
+
+def visible_cores(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> list[Core]:
+    """Those that :data:`VISIBLE_CORES` leaves of all that there are."""
+    allowed = environment.get(VISIBLE_CORES)
+    if not allowed:
+        return cores(root)
+    numbers: set[int] = set()
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", allowed):
+        numbers.update(range(int(first), int(last or first) + 1))
+    return [core for core in cores(root) if core.index in numbers]
 
 
 def cores(root: Path = Path("/")) -> list[Core]:

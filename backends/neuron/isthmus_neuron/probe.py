@@ -37,11 +37,11 @@ def _xla_devices(found: Sdk, root: Path) -> list[DeviceInfo]:
     if found.rehearsal:
         name = "the host's processor, in an AWS NeuronCore's place"
         return [DeviceInfo(backend="neuron", index=0, name=name, host=True, auto=False)]
-    cores = hardware.cores(root)
+    cores = hardware.visible_cores(root)
     if not cores:
         raise BackendUnavailable(
-            f"torch-neuronx {found.version} is installed and the driver lists no Neuron device; see what neuron-ls "
-            f"says, install aws-neuronx-dkms, and give a container the devices /dev/neuron*"
+            f"torch-neuronx {found.version} is installed and the driver lists no NeuronCore for it; see what neuron-ls "
+            f"and {hardware.VISIBLE_CORES} say, install aws-neuronx-dkms, and give a container the devices /dev/neuron*"
         )
     return [
         DeviceInfo(backend="neuron", index=core.index, name=f"AWS {core.chip}", memory_bytes=core.total_bytes)
