@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
@@ -21,21 +23,24 @@ class StaticAttention:
     """:class:`isthmus.contract.Attention`.  Keys and values are written in place by slot; padding goes to
     the spare block."""
 
-    def __init__(self, device: torch.device, inputs: StaticInputs, layout: AttentionLayout) -> None:
+    def __init__(
+        self, device: torch.device, inputs: StaticInputs, layout: AttentionLayout, *, slot_multiple: int = 0
+    ) -> None:
+        """``slot_multiple``: a slot of the cache is its heads side by side, filled up to a multiple of so many
+        numbers; 0 keeps heads apart."""
         self._device = device
         self._inputs = inputs
         self._layout = layout
+        self._slot_multiple = slot_multiple
 
     def block_bytes(self, layer: AttentionSpec, block_size: int, kv_dtype: str) -> int:
-        return 2 * block_size * layer.kv_heads * layer.head_dim * torch_dtype(kv_dtype).itemsize
+        return 2 * block_size * math.prod(self._slot(layer)) * torch_dtype(kv_dtype).itemsize
 
     def allocate(self, layers: Sequence[AttentionSpec], limits: Limits, kv_dtype: str) -> Sequence[PagedCache]:
         dtype, slots = torch_dtype(kv_dtype), limits.num_blocks * limits.block_size
         try:
             caches = [
-                PagedCache(
-                    *(torch.zeros(slots, x.kv_heads, x.head_dim, dtype=dtype, device=self._device) for _ in range(2))
-                )
+                PagedCache(*(torch.zeros(slots, *self._slot(x), dtype=dtype, device=self._device) for _ in range(2)))
                 for x in layers
             ]
         except (RuntimeError, MemoryError) as error:  # torch has no narrower class for every device
@@ -69,8 +74,15 @@ class StaticAttention:
         cos, sin = cos_sin.chunk(2, dim=-1)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         for store, new in ((cache.keys, key), (cache.values, value)):
+            if store.dim() == 2:
+                new = F.pad(new.flatten(1), (0, store.shape[1] - layer.kv_heads * layer.head_dim))
             store.index_copy_(0, inputs.slots, new.to(store.dtype))
         return query
 
     def attend(self, query: Tensor, cache: PagedCache, layer: AttentionSpec, plan: Any, inputs: StepInputs) -> Tensor:
         return self._layout.attend(query, cache, layer, plan)
+
+    def _slot(self, layer: AttentionSpec) -> tuple[int, ...]:
+        if not self._slot_multiple:
+            return layer.kv_heads, layer.head_dim
+        return (-(-layer.kv_heads * layer.head_dim // self._slot_multiple) * self._slot_multiple,)

@@ -14,10 +14,12 @@ from isthmus_static.step_buffer import StepBuffer
 
 @dataclass(frozen=True, slots=True)
 class PagedCache:
-    """One layer's keys and values, by slot: block_id * block_size + offset."""
+    """One layer's keys and values, by slot: block_id * block_size + offset.
 
-    keys: Tensor  # [num_blocks * block_size, kv_heads, head_dim]
-    values: Tensor  # [num_blocks * block_size, kv_heads, head_dim]
+    A slot is [kv_heads, head_dim], or [width] with the heads side by side and zeros after them."""
+
+    keys: Tensor  # [num_blocks * block_size, *slot]
+    values: Tensor  # [num_blocks * block_size, *slot]
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ def attend_tiles(query: Tensor, cache: PagedCache, layer: AttentionSpec, plan: R
     at_once = max(KEYS_AT_ONCE // size, 1)
     for begin in range(0, plan.tables.shape[1], at_once):
         tables = plan.tables[:, begin : begin + at_once]
-        keys, values = (_gathered(store, tables, size) for store in (cache.keys, cache.values))
+        keys, values = (_gathered(store, tables, size, kv, dim) for store in (cache.keys, cache.values))
         places = begin * size + torch.arange(keys.shape[2], device=where, dtype=torch.int32)
         seen = places <= positions[:, :, None]  # [tiles, queries, keys]
         if layer.window:
@@ -128,12 +128,13 @@ def attend_tiles(query: Tensor, cache: PagedCache, layer: AttentionSpec, plan: R
     return back.reshape(tiles, queries, heads, dim).to(query.dtype)
 
 
-def _gathered(store: Tensor, tables: Tensor, block_size: int) -> Tensor:
+def _gathered(store: Tensor, tables: Tensor, block_size: int, kv_heads: int, head_dim: int) -> Tensor:
     """float32 [tiles, kv_heads, blocks * block_size, head_dim]."""
     tiles, blocks = tables.shape
-    kv, dim = store.shape[1:]
-    # Whole blocks, and heads apart: a view that folds heads has another layout in memory than the cache where a
-    # compiler tiles arrays by their last two axes, and would copy the cache for it.
-    by_block = store.view(-1, block_size, kv, dim)
-    found = by_block.index_select(0, tables.flatten()).view(tiles, blocks * block_size, kv, dim)
-    return found.transpose(1, 2).float()
+    # Whole blocks, with a slot's own axes as they are: a view that folds them has another layout in memory than the
+    # cache where a compiler tiles arrays by their last two axes, and would copy the cache for it.
+    by_block = store.view(-1, block_size, *store.shape[1:])
+    found = by_block.index_select(0, tables.flatten())
+    if found.dim() == 3:  # heads side by side
+        found = found[:, :, : kv_heads * head_dim]
+    return found.reshape(tiles, blocks * block_size, kv_heads, head_dim).transpose(1, 2).float()

@@ -21,6 +21,10 @@ from isthmus_tpu.sdk import Route, Sdk
 
 PRODUCTS: Final = ("highest", "default")
 """Of the option ``float32_products``: six passes of bfloat16 through the matrix unit, which is float32; or one."""
+LANES: Final = 128
+"""A TPU holds arrays in tiles of 128 numbers by some rows.  Heads side by side, filled up to whole tiles, take no more
+memory than their numbers for any number of heads and any size; [slots, kv_heads, head_dim] is laid out transposed for
+small ones, and then every step copies the whole cache."""
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ def _over_torch_tpu(found: Sdk, device: DeviceInfo, capabilities: Capabilities, 
         torch_device=where,
         compiler=compiler,
         providers=_providers(found, products) | {"graphs": graphs, "artefacts": _artefacts_of_torch_tpu(os.environ)},
+        slot_multiple=LANES,
         memory=memory,
         on_close=memory.synchronize,
     )
@@ -92,6 +97,7 @@ def _over_torch_xla(found: Sdk, device: DeviceInfo, capabilities: Capabilities, 
         torch_device=where,
         compiler="openxla",
         providers=_providers(found, products) | {"graphs": graphs, "artefacts": said},
+        slot_multiple=LANES,
         memory=XlaMemory(where),
         programs=XlaPrograms(),
     )
