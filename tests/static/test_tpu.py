@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 STAND_INS = HERE.parent / "stand_ins"
 MODEL = ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 TIMEOUT_S = 600
-FEW = ("token_buckets=64", "span_buckets=1,8", "block_buckets=4,32")
+FEW = ("token_buckets=256", "span_buckets=8", "block_buckets=8")
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler for the fake device"

@@ -8,6 +8,7 @@ architecture and size share what was compiled.  Here each pair of versions gets 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,8 @@ def configure(found: Sdk, environment: MutableMapping[str, str]) -> None:
     folder = usable(folder_of(found, environment))
     if folder is not None:
         environment[ROOT] = str(folder)
+        # Set here, not by the user, who need not hear that it may change.
+        warnings.filterwarnings("ignore", message=f"<TorchTpu/ApiStage/ExperimentalApi/> the {ROOT}")
 
 
 def folder_of(found: Sdk, environment: Mapping[str, str]) -> Path:

@@ -114,7 +114,11 @@ def _providers(found: Sdk, products: str) -> dict[str, str]:
     exact = "in six passes of bfloat16, as exact as float32" if products == "highest" else "in one pass of bfloat16"
     return {
         "route": f"{found.route}: {found.reason}",
-        "attention": "matrix products over gathered blocks, in static shapes; the Pallas kernel does not serve yet",
+        "attention": "matrix products over gathered blocks, in static shapes",
+        "attention kernel": (
+            "none serves: the one in isthmus_tpu.kernels (Pallas) was compiled for TPUs and interpreted, and never ran on "
+            "one, nor from a graph of torch's"
+        ),
         "products of float32": f"{exact}; attention's among them",
     }
 
