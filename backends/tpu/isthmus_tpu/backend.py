@@ -116,8 +116,8 @@ def _providers(found: Sdk, products: str) -> dict[str, str]:
         "route": f"{found.route}: {found.reason}",
         "attention": "matrix products over gathered blocks, in static shapes",
         "attention kernel": (
-            "none serves: the one in isthmus_tpu.kernels (Pallas) was compiled for TPUs and interpreted, and never ran on "
-            "one, nor from a graph of torch's"
+            "none serves: the one in isthmus_tpu.kernels (Pallas) was compiled for TPUs and interpreted; it never ran "
+            "on one, nor from a graph of torch's"
         ),
         "products of float32": f"{exact}; attention's among them",
     }
