@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 STAND_INS = HERE.parent / "stand_ins"
 MODEL = HERE.parents[1] / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 FEW = {"token_buckets": "256", "span_buckets": "8", "block_buckets": "8,32"}
-TIMEOUT_S = 600
+TIMEOUT_S = 900
 CERTIFY_TIMEOUT_S = 3600
 
 needs_compiler = pytest.mark.skipif(
@@ -152,6 +152,7 @@ def test_capabilities() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S)
 def test_the_whole_engine_on_the_stand_in(tmp_path: Path) -> None:
     cases = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore:index_reduce:UserWarning")
