@@ -55,11 +55,11 @@ def test_tokens_are_the_references(first: dict[str, Any]) -> None:
 
 
 def test_every_shape_is_a_program_and_nothing_compiles_afterwards(first: dict[str, Any]) -> None:
-    """By torch_tpu's own count, in which an operation outside of programs is one too."""
+    """By torch_tpu's own counts, in which an operation outside of programs is one too."""
     engine = first["engine"]
     assert engine["graphs"] == engine["shapes"] == 6
     assert engine["compiled_at_start"] > engine["graphs"]
-    assert engine["compiled_while_serving"] == engine["late_compiles"] == 0
+    assert engine["missed_while_serving"] == engine["late_compiles"] == 0
 
 
 def test_who_serves_what(first: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def test_who_serves_what(first: dict[str, Any]) -> None:
 
 def test_the_next_start_finds_its_programs_on_the_disk(first: dict[str, Any], start: Callable[..., Any]) -> None:
     again = start("third")["engine"]
-    assert again["compiled_at_start"] < first["engine"]["compiled_at_start"] / 4
+    assert again["compiled_at_start"] == 0
     assert all(again["equal"].values())
 
 

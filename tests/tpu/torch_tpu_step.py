@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_tpu._loader
-from in_place import in_place_backend
 from torch import Tensor
+
+from isthmus_tpu.in_place import compiler as in_place_backend
 
 HEADS, KV_HEADS, DIM, BLOCK = 8, 2, 128, 16
 MAX_BLOCKS = 4

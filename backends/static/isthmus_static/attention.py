@@ -24,14 +24,21 @@ class StaticAttention:
     the spare block."""
 
     def __init__(
-        self, device: torch.device, inputs: StaticInputs, layout: AttentionLayout, *, slot_multiple: int = 0
+        self,
+        device: torch.device,
+        inputs: StaticInputs,
+        layout: AttentionLayout,
+        *,
+        slot_multiple: int = 0,
+        allocates_late: bool = False,
     ) -> None:
         """``slot_multiple``: a slot of the cache is its heads side by side, filled up to a multiple of so many
-        numbers; 0 keeps heads apart."""
+        numbers; 0 keeps heads apart.  ``allocates_late``: a tensor has no memory until it is looked at."""
         self._device = device
         self._inputs = inputs
         self._layout = layout
         self._slot_multiple = slot_multiple
+        self._allocates_late = allocates_late
 
     def block_bytes(self, layer: AttentionSpec, block_size: int, kv_dtype: str) -> int:
         return 2 * block_size * math.prod(self._slot(layer)) * torch_dtype(kv_dtype).itemsize
@@ -43,6 +50,9 @@ class StaticAttention:
                 PagedCache(*(torch.zeros(slots, *self._slot(x), dtype=dtype, device=self._device) for _ in range(2)))
                 for x in layers
             ]
+            for cache in caches if self._allocates_late else ():
+                for store in (cache.keys, cache.values):
+                    store[:1, :1].cpu()
         except (RuntimeError, MemoryError) as error:  # torch has no narrower class for every device
             total = sum(self.block_bytes(x, limits.block_size, kv_dtype) for x in layers) * limits.num_blocks
             raise OutOfMemory(

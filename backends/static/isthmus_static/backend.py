@@ -32,7 +32,8 @@ class Target:
     providers: dict[str, str]
     layout: AttentionLayout = field(default_factory=RowLayout)
     slot_multiple: int = 0
-    """See :class:`StaticAttention`."""
+    allocates_late: bool = False
+    """See :class:`StaticAttention` for both."""
     memory: Memory | None = None
     programs: Programs | None = None
     """Where they are not made by Dynamo alone."""
@@ -50,7 +51,13 @@ class StaticBackend:
         self._memory = target.memory or StaticMemory(where)
         self._ops = target.ops or StaticOps(where)
         self._inputs = StaticInputs(where, target.layout, self._programs)
-        self._attention = StaticAttention(where, self._inputs, target.layout, slot_multiple=target.slot_multiple)
+        self._attention = StaticAttention(
+            where,
+            self._inputs,
+            target.layout,
+            slot_multiple=target.slot_multiple,
+            allocates_late=target.allocates_late,
+        )
         self._sampling = StaticSampling(where, self._inputs, self._programs)
         self._collectives = ReferenceCollectives()
 

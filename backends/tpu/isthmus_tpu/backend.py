@@ -68,6 +68,7 @@ def _over_torch_tpu(found: Sdk, device: DeviceInfo, capabilities: Capabilities, 
         compiler=compiler,
         providers=_providers(found, products) | {"graphs": graphs, "artefacts": _artefacts_of_torch_tpu(os.environ)},
         slot_multiple=LANES,
+        allocates_late=True,
         memory=memory,
         on_close=memory.synchronize,
     )

@@ -1,30 +1,18 @@
-"""The memory of torch_tpu's device, and results on their way to the host."""
+"""The memory of torch_tpu's device."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from isthmus.contract import Pending
-from isthmus.reference.memory import ReferenceMemory, host_available_bytes, host_total_bytes
+from isthmus.reference.memory import host_available_bytes, host_total_bytes
+from isthmus_static.memory import StaticMemory
 from isthmus_tpu import sdk
 
 
-class _Arriving:
-    """Results of a program, which nothing writes afterwards, copied when they are asked for."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-
-    def result(self) -> Sequence[Any]:
-        return [tensor.cpu().numpy() for tensor in self._tensors]
-
-
-class TpuMemory(ReferenceMemory):
+class TpuMemory(StaticMemory):
     """:class:`isthmus.contract.Memory`.
 
     The runtime's own figures where it has them; else the chip's size by its kind, less what the tensors
@@ -47,9 +35,6 @@ class TpuMemory(ReferenceMemory):
             return host_total_bytes()
         told = self._told()
         return told[1] if told else sdk.total_memory() or 0
-
-    def fetch(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Any]]:
-        return _Arriving(list(tensors))
 
     def synchronize(self) -> None:
         torch.accelerator.synchronize()
