@@ -178,10 +178,11 @@ def test_capabilities() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S)
 def test_the_whole_engine_on_the_stand_in(tmp_path: Path) -> None:
     cases = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore:index_reduce:UserWarning")
-    found = python(*cases, str(HERE / "tpu_engine.py"), environment=environment(tmp_path))
+    found = python(*cases, str(HERE / "stand_in_engine.py"), environment=environment(tmp_path, STAND_IN="tpu"))
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
     assert "skipped" not in found.stdout
 
