@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.contract import Limits, Sampled
+from isthmus.contract import Limits, Sampled, StepShape
 from isthmus.errors import BackendUnavailable
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs, ReferenceSampling
@@ -64,7 +64,7 @@ def sample(
     )
     inputs_part.upload(plan, device)
     part.apply(state, plan)
-    inputs = inputs_part.build(device, rows, rows, rows)
+    inputs = inputs_part.build(device, StepShape(rows, rows, rows))
     sampled = part.sample(logits.clone(), inputs, device, state, num_logprobs)
     copies = {name: getattr(sampled, name) for name in Sampled.__slots__}
     kept = {name: None if value is None else value.clone() for name, value in copies.items()}

@@ -118,7 +118,7 @@ def test_a_checkpoint_dtype_that_the_backend_lacks_becomes_its_first() -> None:
     ("changes", "error", "words"),
     [
         ({"model": {"dtype": "float64"}}, Unsupported, "computes in float32, bfloat16, float16, not in 'float64'"),
-        ({"cache": {"kv_dtype": "fp8"}}, Unsupported, "keeps KV in"),
+        ({"cache": {"kv_dtype": "int4"}}, Unsupported, "keeps KV in"),
         ({"cache": {"block_size": 5}}, Unsupported, "it takes 1, 2, 4, 8, 16, 32, 64, 128"),
         ({"model": {"max_model_len": 1001}}, IsthmusError, "positions end at 1000"),
         ({"max_head_dim": 4}, Unsupported, "heads of 8 numbers"),

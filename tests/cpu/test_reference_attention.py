@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec
+from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import PagedCache, ReferenceAttention, ReferenceInputs
 from isthmus.sampling_params import RowSampling
@@ -124,7 +124,7 @@ def test_attend_equals_dense(spans: list[tuple[int, int, int]], layer: Attention
 
     inputs_part.upload(spans_plan(spans, tables), state)
     tokens = sum(length for _, _, length in spans)
-    inputs = inputs_part.build(state, tokens, len(spans), len(spans))
+    inputs = inputs_part.build(state, StepShape(tokens, len(spans), len(spans)))
     query = torch.randn(tokens, layer.heads, layer.head_dim, generator=generator)
     out = attention.attend(query, cache, layer, attention.plan(inputs), inputs)
 
@@ -148,11 +148,11 @@ def test_shared_blocks_and_padding() -> None:
     inputs_part.upload(spans_plan([(0, 10, 1), (1, 10, 1)], tables), state)
     query = torch.randn(1, layer.heads, layer.head_dim, generator=generator).repeat(6, 1, 1)
 
-    exact = inputs_part.build(state, 2, 2, 2)
+    exact = inputs_part.build(state, StepShape(2, 2, 2))
     out = attention.attend(query[:2], cache, layer, attention.plan(exact), exact)
     assert torch.equal(out[0], out[1])
 
-    padded = inputs_part.build(state, 6, 4, 4)
+    padded = inputs_part.build(state, StepShape(6, 4, 4))
     assert padded.slots[2:].tolist() == [0] * 4
     assert padded.span_rows[2:].tolist() == [ROWS] * 2
     padded_out = attention.attend(query, cache, layer, attention.plan(padded), padded)
@@ -169,7 +169,7 @@ def test_rotate_and_store(rotary_dim: int, normed: bool) -> None:
     (cache,) = attention.allocate([layer], limits(), "float32")
     spans, tables = [(2, 6, 5), (4, 0, 1)], {2: [11, 8, 5], 4: [2]}
     inputs_part.upload(spans_plan(spans, tables), state)
-    inputs = inputs_part.build(state, 6, 2, 2)
+    inputs = inputs_part.build(state, StepShape(6, 2, 2))
 
     generator = torch.Generator().manual_seed(3)
     angles = torch.randn(MAX_LEN, rotary_dim // 2, generator=generator)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.contract import Attention, Backend, Graphs, Limits, LinearWeight, Ops, Sampling
+from isthmus.contract import Attention, Backend, Graphs, Limits, LinearWeight, Ops, Sampling, StepShape
 from isthmus.errors import Unsupported
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import (
@@ -149,7 +149,7 @@ def test_inputs_of_mixed_spans() -> None:
         [(2, 0, 7), (0, 0, 5), (2, 1, 9)],
     )
     part.upload(first, device)
-    inputs = part.build(device, 8, 2, 1)
+    inputs = part.build(device, StepShape(8, 2, 1))
     assert inputs.token_ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 22]
     assert inputs.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert inputs.slots.tolist() == [28, 29, 30, 31, 36, 20, 21, 22]
@@ -164,7 +164,7 @@ def test_inputs_of_mixed_spans() -> None:
     # The next step knows row 2's token only from the device, and only when the inputs are built.
     part.upload(plan([(0, 3, 1, True), (2, 5, 1, True)]), device)
     device.tokens[2, 5] = 42
-    later = part.build(device, 4, 3, 3)
+    later = part.build(device, StepShape(4, 3, 3))
     assert later.token_ids.tolist() == [23, 42, 0, 0]
     assert later.slots.tolist() == [23, 37, 0, 0]
     assert later.query_starts.tolist() == [0, 1, 2, 2]
@@ -180,7 +180,7 @@ def test_a_start_voids_what_the_row_held() -> None:
     part.upload(plan([(1, 0, 5, True)], {1: [1] * 5}, [(1, 0, 8), (1, 1, 6)]), device)
     part.upload(plan([(1, 0, 2, True)], {1: [2] * 2}, [(1, 0, 3)]), device)
     assert device.block_tables[1, :3].tolist() == [3, 0, 0]
-    assert part.build(device, 2, 1, 1).slots.tolist() == [12, 13]
+    assert part.build(device, StepShape(2, 1, 1)).slots.tolist() == [12, 13]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

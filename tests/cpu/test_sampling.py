@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
+from isthmus.contract import DeviceState, Limits, Sampled, StepInputs, StepShape
 from isthmus.plan import RowStart, StepPlan
 from isthmus.reference import ReferenceInputs, ReferenceSampling
 from isthmus.reference.cut import CANDIDATES, CutRows, draw
@@ -76,7 +76,7 @@ def sample(logits: torch.Tensor, rows: list[Row], num_logprobs: int = -1, paddin
     inputs_part.upload(plan, device)
     sampling.apply(state, plan)
     count = len(rows) + padding
-    inputs: StepInputs = inputs_part.build(device, count, count, count)
+    inputs: StepInputs = inputs_part.build(device, StepShape(count, count, count))
     full = torch.cat((logits, torch.zeros(padding, logits.shape[1]))).clone()
     sampled = sampling.sample(full, inputs, device, state, num_logprobs)
     _check_history(device, sampled, lengths)
@@ -377,7 +377,7 @@ def test_penalties_read_tokens_that_only_the_device_knows() -> None:
         )
         inputs_part.upload(plan, device)
         sampling.apply(state, plan)
-        inputs = inputs_part.build(device, plan.num_tokens, 1, 1)
+        inputs = inputs_part.build(device, StepShape(plan.num_tokens, 1, 1))
         if step:
             assert inputs.token_ids.tolist() == tokens[-1:]
         logits = torch.tensor([[2.9, 2.8, 1.5]])
