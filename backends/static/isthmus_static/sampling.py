@@ -158,7 +158,10 @@ def _device_serves(rows: StepRows) -> bool:
 
 def _finish(chosen: Tensor, logits: Tensor, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Store the tokens; packed, tokens int32 and invalid bool."""
-    invalid = ~torch.isfinite(logits.amax(dim=-1))
+    # Counted, because on some devices a row's largest is a number though the row has a NaN, or none but -inf.
+    unusable = (logits != logits).sum(dim=-1) + (logits == float("inf")).sum(dim=-1)
+    has_none = torch.isfinite(logits).sum(dim=-1) == 0
+    invalid = unusable + has_none.int() > 0
     kept = torch.where(invalid, 0, chosen).int()
     tokens.view(-1).index_copy_(0, places, kept)
     return torch.stack((kept, invalid.int())), kept, invalid
