@@ -303,12 +303,8 @@ class _Look:
         return self._workspace(max(shapes).tokens) if shapes else 0
 
     def _captured(self, max_model_len: int, num_blocks: int) -> list[StepShape]:
-        c, step = self.backend.capabilities, self.step
-        if c.graph_scope is GraphScope.NONE or not self.options.backend.graphs:
+        if self.backend.capabilities.graph_scope is GraphScope.NONE or not self.options.backend.graphs:
             return []
-        if c.graph_any_size:
-            size = step.max_rows if c.graph_scope is GraphScope.STEP else step.max_tokens
-            return [StepShape(size, step.max_rows, step.max_rows)]
         return self._padding(max_model_len, num_blocks).shapes()
 
     def _padding(self, max_model_len: int, num_blocks: int) -> Padding:

@@ -13,9 +13,9 @@ from isthmus_gaudi import sdk
 from isthmus_gaudi.capabilities import CAPABILITIES
 from isthmus_gaudi.fp8 import GAUDI2_LIMIT, GAUDI3_LIMIT, has_fp8_gemm
 from isthmus_gaudi.layout import FlatLayout
-from isthmus_gaudi.memory import HpuMemory
 from isthmus_gaudi.ops import Fp8Ops
 from isthmus_static.backend import StaticBackend, Target
+from isthmus_static.memory import EventMemory
 from isthmus_static.options import require_known, with_buckets
 
 COMPILER: Final = "hpu_backend"
@@ -42,7 +42,7 @@ def open_backend(device: DeviceInfo, options: dict[str, Any]) -> StaticBackend:
         ) from error
     where = torch.device("hpu", hpu.current_device())
     native = has_fp8_gemm()
-    memory = HpuMemory(where)
+    memory = EventMemory(where)
     return StaticBackend(
         Target(
             name="gaudi",

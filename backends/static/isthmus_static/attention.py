@@ -12,9 +12,8 @@ from torch import Tensor
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
 from isthmus.errors import OutOfMemory
-from isthmus.reference.attention import rotate
+from isthmus.reference.attention import rotated_heads
 from isthmus.reference.dtypes import torch_dtype
-from isthmus.reference.ops import rms_norm
 from isthmus_static.inputs import StaticInputs
 from isthmus_static.layout import AttentionLayout, PagedCache, StaticStepInputs
 
@@ -75,14 +74,7 @@ class StaticAttention:
         qk_norm: QkNorm | None,
         inputs: StepInputs,
     ) -> Tensor:
-        heads = qkv.view(qkv.shape[0], layer.heads + 2 * layer.kv_heads, layer.head_dim)
-        query, key, value = torch.split(heads, [layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
-        if qk_norm is not None:
-            query = rms_norm(query, qk_norm.query_weight, qk_norm.epsilon)
-            key = rms_norm(key, qk_norm.key_weight, qk_norm.epsilon)
-        cos_sin = rotary.cos_sin.index_select(0, inputs.positions.long())[:, None]  # [tokens, 1, rotary_dim]
-        cos, sin = cos_sin.chunk(2, dim=-1)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = rotated_heads(qkv, layer, rotary, qk_norm, inputs.positions.long())
         for store, new in ((cache.keys, key), (cache.values, value)):
             if store.dim() == 2:
                 new = F.pad(new.flatten(1), (0, store.shape[1] - layer.kv_heads * layer.head_dim))

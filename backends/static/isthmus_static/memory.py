@@ -12,7 +12,7 @@ from isthmus.contract import Pending
 from isthmus.reference.memory import ReferenceMemory
 
 
-class _Arriving:
+class Arriving:
     """Tensors nobody else writes, copied when they are asked for."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -20,6 +20,18 @@ class _Arriving:
 
     def result(self) -> Sequence[Any]:
         return [tensor.cpu().numpy() for tensor in self._tensors]
+
+
+class _Underway:
+    """Copies that the device makes by itself; there once ``event`` has passed."""
+
+    def __init__(self, tensors: Sequence[Tensor], event: Any) -> None:
+        self._tensors = tensors
+        self._event = event
+
+    def result(self) -> Sequence[Any]:
+        self._event.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
 
 
 class StaticMemory(ReferenceMemory):
@@ -30,4 +42,21 @@ class StaticMemory(ReferenceMemory):
 
     def fetch(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Any]]:
         # Later steps may write the same memory: what is fetched is what stands there now.
-        return _Arriving([tensor.clone() for tensor in tensors])
+        return Arriving([tensor.clone() for tensor in tensors])
+
+
+class EventMemory(StaticMemory):
+    """:class:`StaticMemory` of a device whose module has ``Event`` and a ``synchronize`` that takes no device.
+
+    The stream runs in order: a copy put there right after its step is done before the next step ends, where one
+    put there when the host asks would wait for every step launched by then.
+    """
+
+    def fetch(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Any]]:
+        arriving = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        event = torch.get_device_module(self.device).Event()
+        event.record()
+        return _Underway(arriving, event)
+
+    def synchronize(self) -> None:
+        torch.get_device_module(self.device).synchronize()

@@ -13,6 +13,7 @@ from torch import Tensor
 from isthmus.contract import Pending
 from isthmus.reference.memory import ReferenceMemory, host_available_bytes, host_total_bytes
 from isthmus_static import xla
+from isthmus_static.memory import Arriving
 from isthmus_static.programs import Compiled, Programs
 
 T = TypeVar("T")
@@ -56,16 +57,6 @@ def _alive(refs: Sequence[weakref.ref[Tensor]]) -> list[Tensor]:
     return [tensor for tensor in (ref() for ref in refs) if tensor is not None]
 
 
-class _Arriving:
-    """Results of a program, which nothing writes afterwards, copied when they are asked for."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-
-    def result(self) -> Sequence[Any]:
-        return [tensor.cpu().numpy() for tensor in self._tensors]
-
-
 class XlaMemory(ReferenceMemory):
     """:class:`isthmus.contract.Memory` of a device of torch_xla; of the host where the platform is a CPU."""
 
@@ -81,7 +72,8 @@ class XlaMemory(ReferenceMemory):
         return host_total_bytes() if used is None else used[1]
 
     def fetch(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Any]]:
-        return _Arriving(list(tensors))
+        # Results of a program, which nothing writes afterwards; a clone would be one more program.
+        return Arriving(list(tensors))
 
     def synchronize(self) -> None:
         xla.wait()

@@ -55,24 +55,15 @@ class Capture:
     sampling_state: Any
     caches: Sequence[Any]
 
-    def everything(self, progress: bool) -> StepGraphs:
-        """On the thread that :meth:`Memory.launch` chose.  ``progress`` draws a bar where there are many shapes."""
-        capabilities = self.backend.capabilities
-        scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
-        limits = self.limits
-        if any_size:
-            # Few short rows may not fill a step of max_tokens.
-            most = min(limits.max_tokens, limits.max_rows * limits.max_model_len)
-            size = limits.max_rows if scope is GraphScope.STEP else most
-            return self.of([StepShape(size, limits.max_rows, min(limits.max_rows, size))], progress=False)
-        return self.of(self.padding.shapes(), progress=progress and self.padding.bucketed)
-
-    def of(self, shapes: Sequence[StepShape], *, progress: bool = False) -> StepGraphs:
+    def of(self, shapes: Sequence[StepShape], *, progress: bool) -> StepGraphs:
+        """On the thread that :meth:`Memory.launch` chose.  ``progress`` draws a bar where shapes are bucketed."""
         capabilities = self.backend.capabilities
         scope, any_size = capabilities.graph_scope, capabilities.graph_any_size
         any_forward = any_size and scope is GraphScope.FORWARD
         one = self._any_forward if any_forward else self._step if scope is GraphScope.STEP else self._forward
-        with tqdm(total=len(shapes), desc="compiling shapes", unit="shape", disable=not progress) as bar:
+        with tqdm(
+            total=len(shapes), desc="compiling shapes", unit="shape", disable=not (progress and self.padding.bucketed)
+        ) as bar:
 
             def capture(shape: StepShape) -> CapturedGraph[Any]:
                 self._upload(shape)

@@ -262,7 +262,8 @@ class Executor:
 
         def run() -> StepGraphs:
             with torch.inference_mode():
-                return capture.of([max(self._padding.shapes())]) if largest_only else capture.everything(progress)
+                shapes = self._padding.shapes()
+                return capture.of([max(shapes)] if largest_only else shapes, progress=progress)
 
         try:
             self._graphs = self._backend.memory.launch(run).result()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
-from isthmus.contract import BlockCount, Capabilities, Limits, ShapePolicy, SpanMix, StepShape
+from isthmus.contract import BlockCount, Capabilities, GraphScope, Limits, ShapePolicy, SpanMix, StepShape
 from isthmus.plan import StepPlan
 
 LARGEST_CAPTURED: Final = 512
@@ -18,6 +18,7 @@ class Padding:
     """Pads a step's counts as ``capabilities.shapes`` says, never past the limits given."""
 
     def __init__(self, capabilities: Capabilities, limits: Limits) -> None:
+        self._capabilities = capabilities
         self._limits = limits
         self._block_size = limits.block_size
         self._apart = capabilities.span_mix is SpanMix.SINGLES_APART
@@ -50,8 +51,12 @@ class Padding:
         )
 
     def shapes(self) -> list[StepShape]:
-        """Every shape that a graph is captured for: all that a step can have where they are
-        bucketed, and else those of decode steps, of which a step takes the next larger one."""
+        """Every shape that a graph is captured for: one with ``graph_any_size``; all that a step can have
+        where they are bucketed; and else those of decode steps, of which a step takes the next larger one."""
+        if self._capabilities.graph_any_size:
+            most, whole_steps = self._limits.max_rows, self._capabilities.graph_scope is GraphScope.STEP
+            size = most if whole_steps else most_tokens(self._capabilities, self._limits)
+            return [StepShape(size, most, min(most, size))]
         if not self.bucketed:
             rows = decode_sizes(min(self._limits.max_rows, self._limits.max_tokens))
             return [StepShape(size, size, size) for size in rows]

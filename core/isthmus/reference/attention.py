@@ -176,15 +176,7 @@ class ReferenceAttention:
         qk_norm: QkNorm | None,
         inputs: StepInputs,
     ) -> Tensor:
-        heads = qkv.view(qkv.shape[0], layer.heads + 2 * layer.kv_heads, layer.head_dim)
-        query, key, value = torch.split(heads, [layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
-        if qk_norm is not None:
-            query = rms_norm(query, qk_norm.query_weight, qk_norm.epsilon)
-            key = rms_norm(key, qk_norm.key_weight, qk_norm.epsilon)
-
-        cos_sin = rotary.cos_sin.index_select(0, inputs.positions)[:, None]  # [tokens, 1, rotary_dim]
-        cos, sin = cos_sin.chunk(2, dim=-1)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = rotated_heads(qkv, layer, rotary, qk_norm, inputs.positions)
         for store, new in ((cache.keys, key), (cache.values, value)):
             store.view(-1, layer.kv_heads, layer.head_dim)[inputs.slots] = saturated(new, store.dtype)
         return query
@@ -258,6 +250,21 @@ def attend_masked(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, lay
         scores = scores.masked_fill_(~mask, float("-inf"))
         attended = (torch.softmax(scores, dim=-1) @ values.float()).to(query.dtype)
     return attended.view(query.shape)
+
+
+def rotated_heads(
+    qkv: Tensor, layer: AttentionSpec, rotary: RotarySpec, qk_norm: QkNorm | None, positions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim]; the first two normed where that
+    is given, and rotated to ``positions`` [tokens]."""
+    heads = qkv.view(qkv.shape[0], layer.heads + 2 * layer.kv_heads, layer.head_dim)
+    query, key, value = torch.split(heads, [layer.heads, layer.kv_heads, layer.kv_heads], dim=1)
+    if qk_norm is not None:
+        query = rms_norm(query, qk_norm.query_weight, qk_norm.epsilon)
+        key = rms_norm(key, qk_norm.key_weight, qk_norm.epsilon)
+    cos_sin = rotary.cos_sin.index_select(0, positions)[:, None]  # [tokens, 1, rotary_dim]
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
