@@ -155,12 +155,18 @@ class Programs:
 
             return first
 
+        traced = _own_code(step)
         began = time.perf_counter()
-        result = torch.compile(_own_code(step), backend=record, fullgraph=True, dynamic=False)()
+        try:
+            result = torch.compile(traced, backend=record, fullgraph=True, dynamic=False)()
+        finally:
+            # Nobody calls it again, and Dynamo's cache of it would keep the program and the step's tensors for the
+            # life of the process: a code object and what Dynamo made of it hold each other, unseen by Python's gc.
+            torch._dynamo.eval_frame.remove_from_cache(traced)
         taken = time.perf_counter() - began
         assert len(calls) == 1, f"{name} became {len(calls)} graphs"
         self._count(name, taken)
-        # Dynamo keeps what it compiled, and with it this list: the tensors in it are not to live as long.
+        # What Dynamo still keeps of the compiler has this list: the tensors in it are not to live as long.
         return Compiled(*calls.pop(), result), result
 
     def _count(self, name: str, seconds: float) -> None:
