@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from isthmus.contract import GraphScope, ShapePolicy, SpanMix
 from isthmus.errors import BackendUnavailable
 from isthmus_tpu import artefacts, hardware, probe, sdk
 from isthmus_tpu.capabilities import CAPABILITIES
+from isthmus_tpu.memory import held_bytes
 from isthmus_tpu.sdk import Route, Sdk
 
 HERE = Path(__file__).parent
@@ -165,6 +168,16 @@ def test_what_the_user_has_set_stands_and_an_unusable_folder_is_left_alone(tmp_p
     none = {"XDG_CACHE_HOME": str(tmp_path / "file")}
     artefacts.configure(found, none)
     assert artefacts.ROOT not in none
+
+
+def test_memory_held_is_that_of_tensors_with_numbers() -> None:
+    before = held_bytes("cpu")
+    numbers = torch.zeros(2**20)
+    with FakeTensorMode():
+        kept_by_a_compiler = torch.zeros(2**28)
+    views = [numbers[1:], numbers.view(2, -1)]
+    assert kept_by_a_compiler.device.type == "cpu" and len(views) == 2
+    assert held_bytes("cpu") - before == numbers.nbytes
 
 
 def test_capabilities() -> None:

@@ -55,5 +55,6 @@ def held_bytes(device_type: str) -> int:
         # By its type: what only passes for a tensor must not be asked anything.
         if issubclass(type(found), Tensor) and found.device.type == device_type:
             storage = found.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
+            if storage.device.type == device_type:  # and not "meta", as of the fake tensors that a compiler traced with
+                storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
