@@ -103,6 +103,18 @@ def test_one_copy_down_a_step(xla: Any, engine: Engine) -> None:
     assert xla.downloads() - before == engine.stats.steps - steps == GREEDY.max_tokens
 
 
+def test_what_was_fetched_is_a_copy_and_costs_no_program(xla: Any, device: DeviceUnderTest) -> None:
+    memory, numbers = device.parts.memory, device.put(torch.arange(7, dtype=torch.int32))
+    memory.synchronize()
+    programs, downloads = xla.compiles(), xla.downloads()
+    pending = memory.fetch([numbers])
+    numbers.add_(100)
+    [found] = pending.result()
+    assert found.tolist() == list(range(7))
+    assert (xla.compiles(), xla.downloads()) == (programs, downloads + 1)
+    assert numbers.cpu().tolist() == list(range(100, 107))
+
+
 def test_a_model_in_bfloat16_runs(device: DeviceUnderTest, model: str, prompts: list[list[int]]) -> None:
     """Last, because it takes the device's inputs from the engine that ran till now."""
     running = Engine(device.backend, model, Arrangement(rows=4, tokens=64, cache_tokens=1024, dtype="bfloat16"))

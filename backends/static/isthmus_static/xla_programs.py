@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from isthmus.contract import Pending
-from isthmus.reference.memory import ReferenceMemory, host_available_bytes, host_total_bytes
+from isthmus.reference.memory import host_available_bytes, host_total_bytes
 from isthmus_static import xla
-from isthmus_static.memory import Arriving
+from isthmus_static.memory import StaticMemory
 from isthmus_static.programs import Compiled, Programs
 
 T = TypeVar("T")
@@ -57,8 +56,12 @@ def _alive(refs: Sequence[weakref.ref[Tensor]]) -> list[Tensor]:
     return [tensor for tensor in (ref() for ref in refs) if tensor is not None]
 
 
-class XlaMemory(ReferenceMemory):
-    """:class:`isthmus.contract.Memory` of a device of torch_xla; of the host where the platform is a CPU."""
+class XlaMemory(StaticMemory):
+    """:class:`isthmus.contract.Memory` of a device of torch_xla; of the host where the platform is a CPU.
+
+    The clones that it fetches are no programs: torch_xla lets a clone share its tensor's buffer until either is
+    written.  A program that writes a tensor in place does not know of that: state is not to be fetched.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -70,10 +73,6 @@ class XlaMemory(ReferenceMemory):
     def total_bytes(self) -> int:
         used = xla.memory_bytes(self.device)
         return host_total_bytes() if used is None else used[1]
-
-    def fetch(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Any]]:
-        # Results of a program, which nothing writes afterwards; a clone would be one more program.
-        return Arriving(list(tensors))
 
     def synchronize(self) -> None:
         xla.wait()
