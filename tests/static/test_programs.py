@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from isthmus_static.programs import Programs
@@ -87,3 +89,25 @@ def test_a_program_whose_first_run_fails_goes_too(compiler: Compiler) -> None:
     assert compiler.alive == 0
     compiler.fails = False
     assert programs.run("double", double, torch.ones(3)).tolist() == [2.0] * 3
+
+
+def test_what_stays_of_a_compilation_does_not_grow_with_the_model(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something does: Dynamo keeps some objects for each.  Of its guards it kept several for each weight."""
+    # pytest would keep what Dynamo logs, which it does only because pytest listens.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
+    programs = Programs("any")
+    programs.feed(Feed())
+    few, many = ([torch.ones(2) for _ in range(count)] for count in (2, 60))
+
+    def objects_kept(weights: list[Tensor]) -> int:
+        gc.collect()
+        before = len(gc.get_objects())
+        programs.capture(lambda: sum((F.silu(weight) for weight in weights), torch.zeros(2)), 4)
+        gc.collect()
+        return len(gc.get_objects()) - before
+
+    for weights in (few, many):  # fills what is kept once
+        objects_kept(weights)
+    assert objects_kept(many) < objects_kept(few) + len(many)

@@ -158,7 +158,9 @@ class Programs:
         traced = _own_code(step)
         began = time.perf_counter()
         try:
-            result = torch.compile(traced, backend=record, fullgraph=True, dynamic=False)()
+            result = torch.compile(
+                traced, backend=record, fullgraph=True, dynamic=False, options={"guard_filter_fn": _no_guards}
+            )()
         finally:
             # Nobody calls it again, and Dynamo's cache of it would keep the program and the step's tensors for the
             # life of the process: a code object and what Dynamo made of it hold each other, unseen by Python's gc.
@@ -189,6 +191,11 @@ class _Function(Generic[T]):
     def __call__(self, *tensors: Tensor) -> T:
         replaced = [(place, tensor) for places, tensor in zip(self._places, tensors, strict=True) for place in places]
         return self._compiled(replaced)
+
+
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which to keep.  Dynamo never frees those that watch something that lives as long as the process."""
+    return [False] * len(guards)
 
 
 def _own_code(step: Callable[[], T]) -> Callable[[], T]:
