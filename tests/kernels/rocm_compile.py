@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -138,6 +139,7 @@ class AheadOfTime:
             return compiled
 
         JITFunction.run = compile_only
+        CompiledKernel.__getitem__ = lambda compiled, grid: lambda *args: None
 
     def _add(self, result: Result) -> None:
         self.results.append(result)

@@ -21,14 +21,22 @@ class Kernel:
     def __init__(self) -> None:
         self.launched: list[Any] = []
         self.compiled: list[Any] = []
+        self.loaded = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: self.launched.append((grid, arguments, options))
 
-    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> Any:
         self.compiled.append((grid, arguments, options))
         if options.get("BAD"):
             raise RuntimeError("does not compile")
+        return self
+
+    @property
+    def run(self) -> Any:
+        """Triton builds the host's part of a launch and loads the kernel when this is first asked for."""
+        self.loaded += 1
+        return None
 
 
 def test_launches_are_listed_and_not_made() -> None:
@@ -58,6 +66,7 @@ def test_each_variant_is_compiled_once_and_a_failure_waits_for_its_launch(monkey
         assert ahead._pool is not None
     ahead.wait()
     assert len(kernel.compiled) == 5
+    assert kernel.loaded == 4  # but for the one that does not compile
     ahead.begin([Launch(kernel, (1,), (x, 48), {"SIZE": 2})])
     ahead.wait()
     assert len(kernel.compiled) == 5

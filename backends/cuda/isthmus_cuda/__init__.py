@@ -21,9 +21,10 @@ def isthmus_probe() -> list[DeviceInfo]:
 
 @hookimpl
 def isthmus_open(device: DeviceInfo, options: dict[str, Any]) -> Backend:
-    from isthmus_cuda.context import begin_context
+    from isthmus_cuda.context import begin_context, begin_identifying
 
     begin_context(device.index)
+    begin_identifying()
     from isthmus_cuda.backend import open_backend  # imports torch
 
     return open_backend(device, options)

@@ -1,4 +1,5 @@
-"""Making the device's context while torch is imported: seconds of each, and neither waits for the other."""
+"""What is begun while torch is imported, since neither waits for the other: the device's context, and what the
+compiler must know of itself."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import ctypes
 import os
 import threading
 from typing import Final
+
+from isthmus_triton.identity import identify_compiler
 
 DRIVER: Final = "libcuda.so.1"
 
@@ -19,6 +22,13 @@ def begin_context(index: int) -> threading.Thread:
     # torch asks for this too, but after a context is there it is too late.
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     thread = threading.Thread(target=_retain, args=(index,), name="isthmus-context", daemon=True)
+    thread.start()
+    return thread
+
+
+def begin_identifying() -> threading.Thread:
+    """:func:`isthmus_triton.identity.identify_compiler` on a thread of its own."""
+    thread = threading.Thread(target=identify_compiler, name="isthmus-identify", daemon=True)
     thread.start()
     return thread
 

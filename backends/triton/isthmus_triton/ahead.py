@@ -18,10 +18,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from isthmus_triton.identity import identify_compiler
+from isthmus_triton.prepared import PreparedLaunches
+
 MOST_THREADS: Final = 16
 
 log = logging.getLogger(__name__)
 
+_prepared: Final = PreparedLaunches()
 _listed: Final[ContextVar[list[Launch] | None]] = ContextVar("isthmus_triton_listed", default=None)
 
 
@@ -38,8 +42,11 @@ class Launch:
         launching(self.kernel, self.grid)(*self.arguments, **self.options)
 
     def compile(self, device: torch.device) -> None:
+        identify_compiler()
         torch.cuda.set_device(device)  # threads begin at the first device
-        self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+        compiled = self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+        # Else the first launch compiles the host's part of it, and loads it, on the engine's own thread.
+        _ = compiled.run
 
     def variant(self) -> tuple[Any, ...]:
         """Equal for launches that certainly share one compilation."""
@@ -59,7 +66,7 @@ def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """What to call with a kernel's arguments to launch it.  Within :func:`listing` it is not launched."""
     into = _listed.get()
     if into is None:
-        return kernel[grid]  # type: ignore[no-any-return]
+        return _prepared.launcher(kernel, grid)
     return lambda *arguments, **options: into.append(Launch(kernel, grid, arguments, options))
 
 

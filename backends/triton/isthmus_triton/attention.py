@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import triton
 from torch import Tensor
 
 from isthmus.contract import AttentionSpec, Limits, QkNorm, RotarySpec, StepInputs
@@ -25,6 +24,7 @@ from isthmus_triton.kernels.prefill_attention import prefill_attention
 from isthmus_triton.kernels.rotate_and_store import rotate_and_store
 from isthmus_triton.kernels.shared_attention import shared_attention
 from isthmus_triton.launch import DecodeLaunch, LaunchTable, PrefillLaunch
+from isthmus_triton.sizes import power_of_two
 
 SHORT_SPAN: Final = 8
 """Longest span the decode kernel takes, where the group of query heads is small enough."""
@@ -55,7 +55,7 @@ class _Shape:
             kv_heads=layer.kv_heads,
             group=layer.heads // layer.kv_heads,
             window=layer.window,
-            row_bytes=triton.next_power_of_2(layer.head_dim) * itemsize,
+            row_bytes=power_of_two(layer.head_dim) * itemsize,
         )
 
 
@@ -166,13 +166,13 @@ class TritonAttention:
                     programs, self._compute_units, limits.max_rows, self._device
                 )
             rows = rows_for(shape.group, self._short_length(shape))
-            key = (programs, rows, triton.next_power_of_2(layer.head_dim))
+            key = (programs, rows, power_of_two(layer.head_dim))
             if key not in self._scratch:
                 self._scratch[key] = DecodeScratch.allocate(*key, self._device)
             self._allocate_shared(layer, limits.max_rows)
 
     def _allocate_shared(self, layer: AttentionSpec, max_rows: int) -> None:
-        key = (layer.heads, triton.next_power_of_2(layer.head_dim))
+        key = (layer.heads, power_of_two(layer.head_dim))
         if not layer.window and max_rows >= self._table.share_spans and key not in self._shared:
             self._shared[key] = SharedScratch.allocate(self._compute_units, max_rows, *key, self._device)
 
@@ -238,7 +238,7 @@ class TritonAttention:
         decode, prefill = self._launches(shape)
         buffers = plan.buffers[shape]
         out = query.new_empty(query.shape[0], layer.heads * layer.head_dim)
-        dim = triton.next_power_of_2(layer.head_dim)
+        dim = power_of_two(layer.head_dim)
         if plan.any_long[shape] and self.attend_long(query, cache, out, layer, plan, inputs):
             return out
         shared = self._shared[layer.heads, dim] if plan.share and not layer.window else None

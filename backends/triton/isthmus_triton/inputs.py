@@ -6,7 +6,6 @@ from typing import Final
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, StepInputs, StepShape
@@ -14,6 +13,7 @@ from isthmus.plan import Int32Array, RowStart, StepPlan
 from isthmus.sampling_params import RowSampling
 from isthmus_triton.ahead import CompileAhead, launching, listing
 from isthmus_triton.kernels.prepare import append_blocks_kernel, build_kernel, start_rows_kernel
+from isthmus_triton.sizes import tiles_of
 
 HISTORY_ALIGNMENT: Final = 16
 """Rows of the history begin at multiples of this, so that kernels may load several tokens at once."""
@@ -146,7 +146,7 @@ class TritonInputs:
         headers[:, 2] = headers.size + np.cumsum(lengths) - lengths
         headers[:, 3] = lengths
         changes = self._up([headers.ravel(), *(start.tokens for start in starts)])
-        pieces = min(16, triton.cdiv(int(lengths.max()), 1024))
+        pieces = min(16, tiles_of(int(lengths.max()), 1024))
         launching(start_rows_kernel, (len(starts), max(1, pieces)))(
             changes, changes, device.tokens, device.block_tables, device.num_prompt_tokens, len(starts),
             device.tokens.stride(0), device.block_tables.stride(0), device.block_tables.shape[1],
@@ -156,7 +156,7 @@ class TritonInputs:
     def _apply_blocks(self, plan: StepPlan, device: DeviceState) -> None:
         appends = len(plan.block_ids)
         changes = self._up([plan.block_rows, plan.block_indices, plan.block_ids])
-        launching(append_blocks_kernel, (triton.cdiv(appends, APPEND_BLOCK),))(
+        launching(append_blocks_kernel, (tiles_of(appends, APPEND_BLOCK),))(
             changes, device.block_tables, appends, device.block_tables.stride(0), BLOCK=APPEND_BLOCK, num_warps=4
         )
 

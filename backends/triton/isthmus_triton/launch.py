@@ -56,6 +56,8 @@ class SplitLinear:
     warps: int
     await_stores: bool = False
     """As of :class:`DecodeLaunch`; matters where ``splits`` is more than 1."""
+    ahead: int = 0
+    """Columns of the weight that a program asks for while the kernel before it ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +118,8 @@ def _pick(table: tuple[tuple[int, T], ...], row_bytes: int) -> T:
     return next((launch for most, launch in table if row_bytes <= most), table[-1][1])
 
 
-def _split(out_tile: int, in_tile: int, splits: int, *, stages: int) -> SplitLinear:
-    return SplitLinear(out_tile=out_tile, in_tile=in_tile, splits=splits, stages=stages, warps=4)
+def _split(out_tile: int, in_tile: int, splits: int, *, stages: int, ahead: int = 0) -> SplitLinear:
+    return SplitLinear(out_tile=out_tile, in_tile=in_tile, splits=splits, stages=stages, warps=4, ahead=ahead)
 
 
 FALLBACK: Final = LaunchTable(
@@ -162,11 +164,13 @@ TABLES: Final[dict[str, LaunchTable]] = {
         ),
         linear=(
             LinearRule(most_rows=1, launch=VectorLinear(out_tile=4, in_tile=2048, warps=4)),
-            LinearRule(most_rows=16, least_out=16384, launch=_split(64, 128, 1, stages=4)),
+            LinearRule(most_rows=16, least_out=16384, launch=_split(64, 128, 1, stages=4, ahead=256)),
+            LinearRule(most_rows=32, least_out=16384, launch=_split(128, 128, 1, stages=3, ahead=256)),
             LinearRule(most_rows=64, least_out=16384, launch=_split(128, 128, 1, stages=3)),
-            LinearRule(most_rows=32, least_in=8192, launch=_split(64, 256, 2, stages=3)),
+            LinearRule(most_rows=32, least_in=8192, launch=_split(64, 256, 2, stages=3, ahead=256)),
             LinearRule(most_rows=64, least_in=8192, launch=_split(64, 128, 2, stages=4)),
-            LinearRule(most_rows=16, most_out=4096, launch=_split(64, 256, 2, stages=3)),
+            LinearRule(most_rows=32, most_out=4096, launch=_split(64, 256, 2, stages=3, ahead=256)),
+            LinearRule(most_rows=32, most_out=8192, launch=_split(64, 256, 1, stages=3, ahead=256)),
         ),
     ),
 }

@@ -7,7 +7,6 @@ from typing import Final
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
@@ -19,6 +18,7 @@ from isthmus_triton.kernels.logprobs import MOST_LIKELIEST, log_probabilities
 from isthmus_triton.kernels.sample import check_kernel, choose_kernel, slices_kernel
 from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
+from isthmus_triton.sizes import power_of_two, tiles_of
 
 SLICE: Final = 8192
 """Logits that one program of the first passes reads."""
@@ -63,8 +63,11 @@ class TritonSampling:
         if not plan.starts:
             return
         words = np.empty((len(plan.starts), WIDTH + 1), np.int64)
+        # Requests of one call often share what they ask for.
+        shared = {id(start.sampling): start.sampling for start in plan.starts}
+        packs = {key: pack_row(sampling, state.vocab_size) for key, sampling in shared.items()}
         for index, start in enumerate(plan.starts):
-            packed = pack_row(start.sampling, state.vocab_size)
+            packed = packs[id(start.sampling)]
             words[index, :WIDTH] = packed.words
             words[index, WIDTH] = start.row
             # The one before may go: its memory is reused by work queued after the steps that read it.
@@ -108,14 +111,14 @@ class TritonSampling:
         samples, vocab = logits.shape
         rows, last, positions, history = inputs.sample_rows, inputs.sample_tokens, inputs.positions, device.tokens
         empty, bits = logits.new_empty, state.seen_bits
-        num_slices = triton.cdiv(vocab, SLICE)
+        num_slices = tiles_of(vocab, SLICE)
         num_groups = num_slices * (SLICE // GROUP)
         slices, masses = empty(samples, num_slices, 4), empty(samples, num_slices, 2)
         ids, collected = empty(samples, num_slices, dtype=torch.int32), empty(samples, dtype=torch.int32)
         group_tops, some_x = empty(samples, num_groups), empty(samples, MOST_COLLECTED)
         some_ids = empty(samples, MOST_COLLECTED, dtype=torch.int32)
         invalid_before = empty(samples, dtype=torch.int32)
-        padded = triton.next_power_of_2(num_slices)
+        padded = power_of_two(num_slices)
         adjust = (
             logits, invalid_before, state.parameters, rows, last, positions, history, device.num_prompt_tokens,
             bits, vocab, history.stride(0), bits.stride(0),
@@ -129,9 +132,9 @@ class TritonSampling:
         sizes = {"SLICE": SLICE, "BLOCK": SLICE // 4, "num_warps": 4}
         choose_sizes = {
             "SLICES": padded,
-            "GROUPS": triton.next_power_of_2(num_groups),
+            "GROUPS": power_of_two(num_groups),
             "MOST": MOST_COLLECTED,
-            "BLOCK": min(8192, triton.next_power_of_2(vocab)),
+            "BLOCK": min(8192, power_of_two(vocab)),
             "num_warps": self._choose_warps,
         }
         return [

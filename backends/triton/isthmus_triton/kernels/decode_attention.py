@@ -23,6 +23,7 @@ from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 from isthmus_triton.kernels.plan import HEADER, SHARED_ROWS, PlanBuffers
 from isthmus_triton.launch import DecodeLaunch
+from isthmus_triton.sizes import power_of_two
 
 LOWEST = tl.constexpr(-1e30)
 LOG2E: float = 1.4426950408889634
@@ -337,7 +338,7 @@ class SharedScratch:
 
 def rows_for(group: int, longest: int) -> int:
     """Query rows a tile holds for spans of up to ``longest`` tokens."""
-    return max(16, triton.next_power_of_2(group * longest))
+    return max(16, power_of_two(group * longest))
 
 
 def decode_attention(
@@ -385,7 +386,7 @@ def decode_attention(
         GROUP=group,
         ROWS=rows_for(group, longest),
         HEAD_DIM=layer.head_dim,
-        DIM=triton.next_power_of_2(layer.head_dim),
+        DIM=power_of_two(layer.head_dim),
         BLOCK_SIZE=keys.shape[2],
         KEY_TILE=launch.key_tile,
         STAGES=launch.stages,

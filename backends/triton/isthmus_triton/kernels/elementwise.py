@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+from isthmus_triton.sizes import power_of_two, tiles_of
 
 MOST_APART: Final = 512
 """Tokens up to which the gated activation has an output of its own."""
@@ -74,9 +75,9 @@ def gated_activation(gate_up: Tensor, activation: str, *, overlap: bool = False)
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
     # In place where memory matters: a matrix library takes rows that lie apart.
     out = gate_up[:, :inner] if tokens > MOST_APART else gate_up.new_empty(tokens, inner)
-    block = min(2048, triton.next_power_of_2(inner))
+    block = min(2048, power_of_two(inner))
     if tokens:
-        launching(gated_activation_kernel, (tokens, triton.cdiv(inner, block)))(
+        launching(gated_activation_kernel, (tokens, tiles_of(inner, block)))(
             gate_up,
             out,
             inner,
@@ -94,11 +95,11 @@ def gather_rows(table: Tensor, index: Tensor, scale: float = 1.0) -> Tensor:
     """``table[index] * scale`` for a contiguous ``table`` [rows, width]."""
     width = table.shape[1]
     out = table.new_empty(index.shape[0], width)
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(2048, power_of_two(width))
     # The factor is rounded to the compute dtype first: checkpoints were trained that way.
     factor = 1.0 if scale == 1.0 else torch.tensor(scale, dtype=table.dtype).item()
     if index.shape[0]:
-        launching(gather_rows_kernel, (index.shape[0], triton.cdiv(width, block)))(
+        launching(gather_rows_kernel, (index.shape[0], tiles_of(width, block)))(
             table, index, out, width, factor, BLOCK=block, SCALED=scale != 1.0, num_warps=4
         )
     return out

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from isthmus_triton.ahead import Launch
 from isthmus_triton.kernels.decode_attention import await_stores
-from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+from isthmus_triton.kernels.overlap import ask_for, await_previous, let_next_begin, overlapping
 from isthmus_triton.launch import SplitLinear, VectorLinear
+from isthmus_triton.sizes import power_of_two, tiles_of
 
 
 @triton.jit
@@ -79,6 +80,7 @@ def split_linear_kernel(
     PRECISION: tl.constexpr,
     AWAIT_STORES: tl.constexpr = False,
     OVERLAP: tl.constexpr = False,
+    AHEAD: tl.constexpr = 0,
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -92,9 +94,14 @@ def split_linear_kernel(
     last = tl.minimum(first + share, tl.cdiv(in_features, IN_TILE))
     # The weight is the left operand: its rows are many enough for the widest matrix instructions.
     acc = tl.zeros((OUT_TILE, ROWS), tl.float32)
+    base = weight + feature.to(tl.int64)[:, None] * in_features
+    if OVERLAP and AHEAD > 0:
+        line: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
+        lines: tl.constexpr = AHEAD // line
+        ahead = tl.minimum(first * IN_TILE + tl.arange(0, lines) * line, in_features - 1)
+        ask_for(weight + tl.minimum(feature, out_features - 1).to(tl.int64)[:, None] * in_features + ahead[None, :])
     await_previous(OVERLAP)
     let_next_begin(OVERLAP)
-    base = weight + feature.to(tl.int64)[:, None] * in_features
     for step in tl.range(first, last, num_stages=STAGES):
         column = step * IN_TILE + inner
         column_ok = column < in_features
@@ -171,7 +178,7 @@ def vector_launch(
         **overlapping(overlap),
     }
     arguments = (x, weight, weight if bias is None else bias, out, out_features, in_features)
-    return Launch(vector_linear_kernel, (triton.cdiv(out_features, launch.out_tile),), arguments, options)
+    return Launch(vector_linear_kernel, (tiles_of(out_features, launch.out_tile),), arguments, options)
 
 
 def vector_linear(
@@ -191,7 +198,7 @@ def vector_linear(
 
 
 def padded_rows(rows: int) -> int:
-    return max(16, triton.next_power_of_2(rows))
+    return max(16, power_of_two(rows))
 
 
 def split_launch(
@@ -215,11 +222,12 @@ def split_launch(
         "PRECISION": "ieee",
         "AWAIT_STORES": launch.await_stores,
         "OVERLAP": overlap,
+        "AHEAD": launch.ahead,
         "num_warps": launch.warps,
         **overlapping(overlap),
     }
     arguments = (x, weight, weight if bias is None else bias, out, *scratch, rows, out_features, in_features)
-    grid = (triton.cdiv(out_features, launch.out_tile), launch.splits)
+    grid = (tiles_of(out_features, launch.out_tile), launch.splits)
     return Launch(split_linear_kernel, grid, arguments, options)
 
 
@@ -236,7 +244,7 @@ def split_linear(
     """``x @ weight.T + bias`` for up to a few dozen rows; both contiguous."""
     rows, (out_features, in_features) = x.shape[0], weight.shape
     out = torch.empty(rows, out_features, dtype=out_dtype or x.dtype, device=x.device)
-    tiles = triton.cdiv(out_features, launch.out_tile)
+    tiles = tiles_of(out_features, launch.out_tile)
     buffers = scratch.reserve(launch.splits * tiles * launch.out_tile * padded_rows(rows), tiles)
     split_launch(x, weight, bias, out, buffers, (rows, out_features, in_features), launch, overlap).run()
     return out

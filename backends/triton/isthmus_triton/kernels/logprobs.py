@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus_triton.ahead import launching
+from isthmus_triton.sizes import power_of_two, tiles_of
 
 SLICE: Final = 4096
 """Logits that one program reads."""
@@ -122,7 +123,7 @@ def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tenso
     """
     samples, vocab = logits.shape
     assert count <= min(MOST_LIKELIEST, vocab) and logits.stride(1) == 1
-    num_slices = triton.cdiv(vocab, SLICE)
+    num_slices = tiles_of(vocab, SLICE)
     masses, above = logits.new_empty(samples, num_slices, 2), tokens.new_empty(samples, num_slices)
     likeliest = logits.new_empty(samples, num_slices, MOST_LIKELIEST, dtype=torch.int64)
     chosen, ranks = logits.new_empty(samples), tokens.new_empty(samples)
@@ -133,6 +134,6 @@ def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tenso
         )
         launching(merge_logprobs_kernel, (samples,))(
             logits, tokens, masses, above, likeliest, chosen, ranks, top_ids, top_logprobs, logits.stride(0), count,
-            num_slices, SLICES=triton.next_power_of_2(num_slices), num_warps=4,
+            num_slices, SLICES=power_of_two(num_slices), num_warps=4,
         )  # fmt: skip
     return chosen, ranks, top_ids, top_logprobs

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+from isthmus_triton.sizes import power_of_two
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, overlap: bool = False
     hidden = x.shape[-1]
     flat = x.reshape(-1, hidden)
     result = x.new_empty(x.shape)
-    columns = triton.next_power_of_2(hidden)
+    columns = power_of_two(hidden)
     if flat.shape[0]:
         launching(rms_norm_kernel, (flat.shape[0],))(
             flat, flat, weight, result, flat.stride(0), hidden, epsilon,
@@ -62,7 +63,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``residual + x`` normed, written over ``x``, and the sum, written over ``residual``; both contiguous."""
     hidden = x.shape[-1]
-    columns = triton.next_power_of_2(hidden)
+    columns = power_of_two(hidden)
     if x.shape[0]:
         launching(rms_norm_kernel, (x.shape[0],))(
             x, residual, weight, x, x.stride(0), hidden, epsilon,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from isthmus.contract import StepInputs
 from isthmus_triton.ahead import launching
+from isthmus_triton.sizes import power_of_two
 
 HEADER: Final = 8
 """Ints before the per-program starts: work per program, all work, short spans, tiles of long spans;
@@ -210,7 +211,7 @@ def make_plan(
     """Write ``buffers`` for the spans of ``inputs``; with ``share``, keys that all short spans share are set apart."""
     # Two sizes alone, so that few variants are compiled.
     most = buffers.short_spans.shape[0]
-    spans = triton.next_power_of_2(most) if inputs.num_spans > FEW_SPANS else FEW_SPANS
+    spans = power_of_two(most) if inputs.num_spans > FEW_SPANS else FEW_SPANS
     launching(plan_kernel, (1,))(
         inputs.context_lengths,
         inputs.query_starts,
@@ -232,7 +233,7 @@ def make_plan(
         KEY_TILE=key_tile,
         QUERY_TILE=query_tile,
         SPANS=spans,
-        PROGRAMS=triton.next_power_of_2(buffers.num_programs),
+        PROGRAMS=power_of_two(buffers.num_programs),
         SEARCH=spans.bit_length(),
         BLOCK_SIZE=block_size,
         SHARE=share,

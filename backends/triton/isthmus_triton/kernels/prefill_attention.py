@@ -16,6 +16,7 @@ from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, for_products, key_offsets, key_slots, softcapped
 from isthmus_triton.kernels.plan import PlanBuffers
 from isthmus_triton.launch import PrefillLaunch
+from isthmus_triton.sizes import power_of_two
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def prefill_attention(
         GROUP=group,
         QUERY_TILE=launch.query_tile,
         HEAD_DIM=layer.head_dim,
-        DIM=triton.next_power_of_2(layer.head_dim),
+        DIM=power_of_two(layer.head_dim),
         BLOCK_SIZE=keys.shape[2],
         KEY_TILE=launch.key_tile,
         STAGES=launch.stages,

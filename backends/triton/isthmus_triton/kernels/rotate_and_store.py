@@ -9,6 +9,7 @@ from torch import Tensor
 from isthmus.contract import AttentionSpec, QkNorm, RotarySpec, StepInputs
 from isthmus_triton.ahead import launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+from isthmus_triton.sizes import power_of_two, tiles_of
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def rotate_and_store(
     tokens = qkv.shape[0]
     query = qkv.new_empty(tokens, layer.heads, layer.head_dim)
     all_heads = layer.heads + 2 * layer.kv_heads
-    launching(rotate_and_store_kernel, (tokens, triton.cdiv(all_heads, heads_each)))(
+    launching(rotate_and_store_kernel, (tokens, tiles_of(all_heads, heads_each)))(
         qkv,
         query,
         keys,
@@ -134,7 +135,7 @@ def rotate_and_store(
         keys.stride(0),
         0.0 if qk_norm is None else qk_norm.epsilon,
         HEAD_DIM=layer.head_dim,
-        DIM=triton.next_power_of_2(layer.head_dim),
+        DIM=power_of_two(layer.head_dim),
         ROTARY=rotary.rotary_dim,
         BLOCK_SIZE=keys.shape[2],
         HEADS_EACH=heads_each,

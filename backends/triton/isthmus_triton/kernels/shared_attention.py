@@ -17,6 +17,7 @@ from isthmus_triton.kernels.decode_attention import LOG2E, LOWEST, SharedScratch
 from isthmus_triton.kernels.plan import SHARED_ROWS, PlanBuffers
 from isthmus_triton.kernels.prefill_attention import attend_tiles
 from isthmus_triton.launch import DecodeLaunch, PrefillLaunch
+from isthmus_triton.sizes import power_of_two
 
 _SHARED_ROWS = tl.constexpr(SHARED_ROWS)
 
@@ -111,7 +112,7 @@ def shared_attention(
         layer.softcap,
         GROUP=layer.heads // layer.kv_heads,
         HEAD_DIM=layer.head_dim,
-        DIM=triton.next_power_of_2(layer.head_dim),
+        DIM=power_of_two(layer.head_dim),
         BLOCK_SIZE=keys.shape[2],
         KEY_TILE=decode.key_tile,
         STAGES=launch.stages,
