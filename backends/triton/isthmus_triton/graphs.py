@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -27,8 +28,10 @@ class _Replay(Generic[T]):
 class StreamGraphs:
     """:class:`isthmus.contract.Graphs`.
 
-    All graphs share one memory pool: they never run at once, and each one's outputs are read before
-    the next replay.  Capture the largest first, so that the smaller ones fit into its memory.
+    All graphs that live share one memory pool: they never run at once, and each one's outputs are
+    read before the next replay.  Capture the largest first, so that the smaller ones fit into its
+    memory.  torch gives a pool up with the last graph in it, so what is captured after that has
+    another.
     ``torch.cuda.graph`` would synchronise, collect garbage and empty the caches for every capture;
     here the collector is held off instead, since it might free device memory in mid-capture.
     """
@@ -36,7 +39,8 @@ class StreamGraphs:
     def __init__(self, device: torch.device, reason: str | None = None) -> None:
         self._device = device
         self._reason = reason
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._live: WeakSet[_Replay[Any]] = WeakSet()
         self._stream = torch.cuda.Stream(device)
 
     def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
@@ -44,6 +48,8 @@ class StreamGraphs:
             raise Unsupported(self._reason)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
+        if not self._live:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()
@@ -58,4 +64,6 @@ class StreamGraphs:
             if collecting:
                 gc.enable()
         current.wait_stream(self._stream)
-        return _Replay(graph, output)
+        replay = _Replay(graph, output)
+        self._live.add(replay)
+        return replay

@@ -1,0 +1,73 @@
+"""Capture over a runtime that counts its pools as torch's allocator does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from itertools import count
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from isthmus_triton.graphs import StreamGraphs
+
+users: Counter[int] = Counter()
+
+
+class Graph:
+    """Of torch: a pool whose last graph is gone may not be captured into again."""
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert pool not in users or users[pool] > 0, "the pool was given up"
+        users[pool] += 1
+        self.pool = pool
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        if hasattr(self, "pool"):
+            users[self.pool] -= 1
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> StreamGraphs:
+    users.clear()
+    handles = count(1)
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: next(handles),
+        "Stream": Mock(),
+        "current_stream": Mock(),
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return StreamGraphs(torch.device("cuda", 0))
+
+
+def test_graphs_that_live_share_a_pool_and_later_ones_have_another(graphs: StreamGraphs) -> None:
+    first: list[Any] = [graphs.capture(lambda: 7, size) for size in (2, 1)]
+    assert [graph.replay(1) for graph in first] == [7, 7]
+    assert dict(users) == {1: 2}
+    del first[0]
+    first.append(graphs.capture(lambda: 8, 2))
+    assert dict(users) == {1: 2}
+    first.clear()
+    second = graphs.capture(lambda: 9, 2)
+    assert second.replay(1) == 9
+    assert dict(users) == {1: 0, 2: 1}
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(graphs: StreamGraphs) -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            graphs.capture(fail, 1)
+    assert graphs.capture(lambda: 3, 1).replay(1) == 3
