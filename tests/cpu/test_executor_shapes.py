@@ -79,7 +79,10 @@ def test_every_step_has_a_shape_that_is_captured(case: tuple[Capabilities, Limit
     assert shape.tokens >= plan.num_tokens and shape.spans >= plan.num_spans
     blocks = -(-(plan.span_starts + plan.span_lengths) // limits.block_size)
     if capabilities.block_buckets:
-        assert shape.blocks >= (blocks.sum() if capabilities.blocks_counted is BlockCount.ALL_ROWS else blocks.max())
+        long = capabilities.span_mix is SpanMix.SINGLES_APART and not shape.single
+        together = capabilities.blocks_counted is BlockCount.ALL_ROWS and not long
+        assert shape.blocks >= (blocks.sum() if together else blocks.max())
+        assert together or shape.blocks <= limits.max_blocks_per_row
 
 
 @given(devices())
@@ -94,6 +97,21 @@ def test_shapes_stay_within_limits_and_can_be_captured(case: tuple[Capabilities,
         plan = plan_of_shape(shape, limits)
         assert plan.num_tokens <= shape.tokens and plan.num_spans <= shape.spans
     assert padding.shape(largest_plan(limits, capabilities)) in shapes
+
+
+def test_long_spans_that_are_apart_count_the_blocks_of_their_longest_row() -> None:
+    limits = Limits(max_rows=8, max_tokens=64, max_model_len=64, block_size=16, num_blocks=9, vocab_size=9)
+    capabilities = Capabilities(
+        shapes=ShapePolicy.BUCKETED,
+        token_buckets=(64,),
+        span_buckets=(8,),
+        block_buckets=(4, 8, 16),
+        blocks_counted=BlockCount.ALL_ROWS,
+        span_mix=SpanMix.SINGLES_APART,
+        max_long_spans=2,
+    )
+    found = {(shape.tokens, shape.blocks) for shape in Padding(capabilities, limits).shapes()}
+    assert found == {(8, 4), (8, 8), (8, 16), (8, 32), (64, 4)}
 
 
 def test_a_shape_that_no_step_can_have_is_not_captured() -> None:

@@ -39,7 +39,8 @@ class BlockCount(StrEnum):
     LONGEST_ROW = "longest_row"
     """Blocks of the row that has the most of them."""
     ALL_ROWS = "all_rows"
-    """Blocks of all rows of the step together; a block that two rows share counts twice."""
+    """Blocks of all rows of the step together; a block that two rows share counts twice.  Steps of long spans,
+    where those are apart, count the blocks of their longest row all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

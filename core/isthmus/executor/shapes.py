@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Final
 
 from isthmus.contract import BlockCount, Capabilities, GraphScope, Limits, ShapePolicy, SpanMix, StepShape
-from isthmus.plan import StepPlan
+from isthmus.plan import Int32Array, StepPlan
 
 LARGEST_CAPTURED: Final = 512
 """Rows beyond which a decode step takes the device longer than its launches take the host."""
@@ -25,12 +25,13 @@ class Padding:
         self._count_all = capabilities.blocks_counted is BlockCount.ALL_ROWS
         self._most_long = _most_long(capabilities, limits)
         self.bucketed: Final = capabilities.shapes is ShapePolicy.BUCKETED
-        self._tokens = self._spans = self._blocks = []
+        self._tokens = self._spans = self._row_blocks = self._all_blocks = []
         if self.bucketed:
-            most_blocks = limits.max_blocks_per_row * (limits.max_rows if self._count_all else 1)
+            a_row = limits.max_blocks_per_row
             self._tokens = _sizes(capabilities.token_buckets, most_tokens(capabilities, limits))
             self._spans = _sizes(capabilities.span_buckets, limits.max_rows)
-            self._blocks = _sizes(capabilities.block_buckets, most_blocks)
+            self._row_blocks = _sizes(capabilities.block_buckets, a_row)
+            self._all_blocks = _sizes(capabilities.block_buckets, a_row * limits.max_rows)
 
     def shape(self, plan: StepPlan) -> StepShape:
         tokens, spans = plan.num_tokens, plan.num_spans
@@ -44,11 +45,20 @@ class Padding:
             tokens=padded if single else _padded(tokens, self._tokens),
             spans=padded,
             samples=padded,
-            blocks=_padded(int(blocks.sum() if self._count_all else blocks.max(initial=1)), self._blocks)
-            if self._blocks
-            else 0,
+            blocks=self._padded_blocks(blocks, sums=self._sums(single)),
             single=single,
         )
+
+    def _sums(self, single: bool) -> bool:
+        """Whether a step's blocks are those of all its rows together."""
+        return self._count_all and (single or not self._apart)
+
+    def _padded_blocks(self, blocks: Int32Array, *, sums: bool) -> int:
+        if not self._row_blocks:
+            return 0
+        if sums:
+            return _padded(int(blocks.sum()), self._all_blocks)
+        return _padded(int(blocks.max(initial=1)), self._row_blocks)
 
     def shapes(self) -> list[StepShape]:
         """Every shape that a graph is captured for: one with ``graph_any_size``; all that a step can have
@@ -65,7 +75,7 @@ class Padding:
     def _single_shapes(self) -> Iterator[StepShape]:
         for fewest, spans in _ranges(self._spans):
             if fewest <= self._limits.max_tokens:
-                for blocks in self._reachable_blocks(fewest, fewest, spans):
+                for blocks in self._reachable_blocks(fewest, fewest, spans, sums=self._sums(True)):
                     yield StepShape(spans, spans, spans, blocks, single=True)
 
     def _other_shapes(self) -> Iterator[StepShape]:
@@ -75,16 +85,16 @@ class Padding:
             else:
                 spans_of = [(least, most) for least, most in _ranges(self._spans) if least <= tokens]
             for least, spans in spans_of:
-                for blocks in self._reachable_blocks(fewest, least, spans):
+                for blocks in self._reachable_blocks(fewest, least, spans, sums=self._sums(False)):
                     yield StepShape(tokens, spans, spans, blocks)
 
-    def _reachable_blocks(self, tokens: int, least_spans: int, spans: int) -> Iterator[int]:
+    def _reachable_blocks(self, tokens: int, least_spans: int, spans: int, *, sums: bool) -> Iterator[int]:
         """Block buckets of steps of at least ``tokens`` tokens over ``least_spans`` to ``spans`` spans."""
-        if not self._blocks:
+        if not self._row_blocks:
             yield 0
         widest = self._limits.max_blocks_per_row
-        for fewest, blocks in _ranges(self._blocks):
-            if self._count_all:
+        for fewest, blocks in _ranges(self._all_blocks if sums else self._row_blocks):
+            if sums:
                 least, most = max(least_spans, -(-tokens // self._block_size)), widest * spans
             else:
                 least, most = -(-tokens // (spans * self._block_size)), widest
