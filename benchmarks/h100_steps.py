@@ -1,0 +1,195 @@
+"""Whole steps of the 8B shape on the card at hand: captured decode steps over launch tables, and eager prefill steps.
+
+    python benchmarks/h100_steps.py --out h100_steps.json [--rows 8,32,128] [--context 256]
+
+A decode step is captured for exactly its rows, all at one context over random keys, and replayed back
+to back; microseconds, the median of five times twelve.  A prefill step is run eagerly: milliseconds of
+the device, and of the host until it has queued the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from h100_llama8b import CONFIG
+
+from isthmus import LLM
+from isthmus.contract import StepShape
+from isthmus.executor.capture import Capture
+from isthmus.plan import RowStart, StepPlan
+from isthmus.sampling_params import RowSampling
+from isthmus_triton.launch import LaunchTable, SplitLinear
+
+NUM_BLOCKS = 14_000
+PREFILLS = ((1, 64), (1, 512), (8, 128), (1, 2048), (2, 4096))
+
+
+class Steps:
+    """An engine's executor, its steps planned by hand."""
+
+    def __init__(self, llm: Any) -> None:
+        executor = llm._core._executor
+        self.executor, self.backend, self.limits = executor, executor._backend, executor.limits
+        self.ops = self.backend.ops
+        self.capture = Capture(
+            backend=self.backend,
+            model=executor._model,
+            limits=self.limits,
+            padding=executor._padding,
+            device=executor._device,
+            sampling_state=executor._sampling_state,
+            caches=executor._caches,
+        )
+        for cache in executor._caches:
+            cache.keys.normal_()
+            cache.values.normal_()
+
+    def plan(self, rows: int, context: int, length: int) -> StepPlan:
+        """Each of ``rows`` computes its last ``length`` tokens, and samples."""
+        rng, row = np.random.default_rng(0), np.arange(rows, dtype=np.int32)
+        blocks = -(-context // self.limits.block_size)
+        ids = rng.permutation(np.arange(1, self.limits.num_blocks, dtype=np.int32))[: rows * blocks]
+        sampling = RowSampling(max_tokens=9)
+        return StepPlan(
+            step=0,
+            starts=tuple(
+                RowStart(
+                    row=int(place),
+                    tokens=rng.integers(0, 128000, context).astype(np.int32),
+                    num_prompt_tokens=context,
+                    sampling=sampling,
+                )
+                for place in row
+            ),
+            block_rows=np.repeat(row, blocks),
+            block_indices=np.tile(np.arange(blocks, dtype=np.int32), rows),
+            block_ids=ids,
+            span_rows=row,
+            span_starts=np.full(rows, context - length, np.int32),
+            span_lengths=np.full(rows, length, np.int32),
+            span_samples=np.ones(rows, np.bool_),
+        )
+
+    def upload(self, plan: StepPlan) -> None:
+        self.backend.inputs.upload(plan, self.executor._device)
+        self.backend.sampling.apply(self.executor._sampling_state, plan)
+
+    def decode_us(self, rows: int, context: int, table: LaunchTable) -> float:
+        usual, self.ops._table = self.ops._table, table
+        plan, shape = self.plan(rows, context, 1), StepShape(rows, rows, rows)
+        try:
+            self.upload(plan)
+            # Once eagerly: nothing may be compiled in mid-capture.
+            inputs, logits = self.capture._logits(shape)
+            self.backend.sampling.sample(logits, inputs, self.executor._device, self.executor._sampling_state, -1)
+            torch.cuda.synchronize()
+            self.upload(plan)
+            graph = self.capture._step(shape)
+        finally:
+            self.ops._table = usual
+        times = []
+        for _ in range(5):
+            with DeviceTime() as spent:
+                for _ in range(12):
+                    graph.replay(rows)
+            times.append(spent.ms * 1e3 / 12)
+        return round(statistics.median(times), 1)
+
+    def prefill_ms(self, spans: int, length: int) -> tuple[list[float], list[float]]:
+        """Of the device and of the host, five times."""
+        device, host = [], []
+        plan = self.plan(spans, length, length)
+        for _ in range(5):
+            self.upload(plan)
+            with DeviceTime() as spent:
+                began = time.perf_counter()
+                self.executor._forward(self.executor._padding.shape(plan), None, keep_hidden=False)
+                host.append(round((time.perf_counter() - began) * 1e3, 2))
+            device.append(round(spent.ms, 2))
+        return device, host
+
+
+class DeviceTime:
+    """Milliseconds between the block's first and last work on the device."""
+
+    ms = 0.0
+
+    def __enter__(self) -> DeviceTime:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._begin.record()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.record()
+        self._end.synchronize()
+        self.ms = self._begin.elapsed_time(self._end)
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    table: LaunchTable
+
+
+def variants(table: LaunchTable) -> Iterator[Variant]:
+    yield Variant("as committed", table)
+    yield Variant("as committed, again", table)
+    yield Variant("the library from 2 rows on", replace(table, linear=table.linear[:1]))
+    for columns in (0, 256, 512):
+        rules = tuple(
+            replace(rule, launch=replace(rule.launch, ahead=columns)) if isinstance(rule.launch, SplitLinear) else rule
+            for rule in table.linear
+        )
+        yield Variant(f"asking for {columns} columns ahead", replace(table, linear=rules))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("h100_steps.json"))
+    parser.add_argument("--rows", default="1,8,32,64,128,256,512")
+    parser.add_argument("--context", type=int, default=256)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
+        llm = LLM(
+            folder,
+            device="cuda",
+            random_weights=True,
+            skip_tokenizer_init=True,
+            max_model_len=4096,
+            num_blocks=NUM_BLOCKS,
+            progress=False,
+        )
+    result: dict[str, Any] = {
+        "device": llm.ready.device_name,
+        "context": arguments.context,
+        "decode": [],
+        "prefill": [],
+    }
+    with torch.inference_mode():
+        steps = Steps(llm)
+        for rows in map(int, arguments.rows.split(",")):
+            for variant in variants(steps.ops._table):
+                us = steps.decode_us(rows, arguments.context, variant.table)
+                result["decode"].append({"rows": rows, "variant": variant.name, "us": us})
+                print(f"{rows:4d} rows  {variant.name:32s} {us:9.1f} us", flush=True)
+        for spans, length in PREFILLS:
+            device, host = steps.prefill_ms(spans, length)
+            result["prefill"].append({"spans": spans, "length": length, "device_ms": device, "host_ms": host})
+            print(f"{spans} x {length}: device {device} ms, host {host} ms", flush=True)
+    arguments.out.write_text(json.dumps(result, indent=1))
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()
