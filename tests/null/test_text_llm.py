@@ -159,6 +159,15 @@ def test_a_failing_choice_harms_no_other(folder: str) -> None:
     assert [output.outputs[0].finish_reason for output in (good, other)] == ["length", "length"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process started in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("after", [1, 2, 5])
 def test_interrupt_leaves_it_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     step = llm._core.step
