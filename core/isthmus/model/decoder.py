@@ -78,29 +78,33 @@ class Decoder:
         the rows ``wanted`` (an int32 index), and then nothing of the others is computed after the
         last layer's attention.
         """
-        ops, attention, epsilon = self._ops, self._attention, self.spec.norm_epsilon
-        plan = attention.plan(inputs)
+        ops, epsilon = self._ops, self.spec.norm_epsilon
+        plan = self._attention.plan(inputs)
         residual = ops.embed(inputs.token_ids, self.ends.table, self.ends.embedding_scale)
-        delta: Tensor | None = None
+        # One name for what is handed on: nothing of an attention is held while an MLP's wider products are.
+        x: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            if delta is None:
+            if x is None:
                 x = ops.rms_norm(residual, layer.attention_norm, epsilon)
             else:
-                x, residual = ops.add_rms_norm(delta, residual, layer.attention_norm, epsilon)
-            qkv = ops.linear(x, layer.qkv)
-            query = attention.rotate_and_store(qkv, cache, layer.attention, layer.rotary, layer.qk_norm, inputs)
-            attended = attention.attend(query, cache, layer.attention, plan, inputs)
+                x, residual = ops.add_rms_norm(x, residual, layer.attention_norm, epsilon)
+            x = self._attend(layer, cache, x, plan, inputs)
             if wanted is not None and layer is self.layers[-1]:
-                attended, residual = ops.take_rows(attended, wanted), ops.take_rows(residual, wanted)
-            delta = ops.linear(attended, layer.output)
+                x, residual = ops.take_rows(x, wanted), ops.take_rows(residual, wanted)
+            x = ops.linear(x, layer.output)
             if layer.post_attention_norm is not None:
-                delta = ops.rms_norm(delta, layer.post_attention_norm, epsilon)
-            x, residual = ops.add_rms_norm(delta, residual, layer.mlp_norm, epsilon)
-            delta = self._mlp(layer, x)
+                x = ops.rms_norm(x, layer.post_attention_norm, epsilon)
+            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, epsilon)
+            x = self._mlp(layer, x)
             if layer.post_mlp_norm is not None:
-                delta = ops.rms_norm(delta, layer.post_mlp_norm, epsilon)
-        assert delta is not None, "a model has at least one layer"
-        return ops.add(delta, residual)
+                x = ops.rms_norm(x, layer.post_mlp_norm, epsilon)
+        assert x is not None, "a model has at least one layer"
+        return ops.add(x, residual)
+
+    def _attend(self, layer: Layer, cache: Any, x: Tensor, plan: Any, inputs: StepInputs) -> Tensor:
+        qkv = self._ops.linear(x, layer.qkv)
+        query = self._attention.rotate_and_store(qkv, cache, layer.attention, layer.rotary, layer.qk_norm, inputs)
+        return self._attention.attend(query, cache, layer.attention, plan, inputs)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         ops, activation, mlp = self._ops, self.spec.activation, layer.mlp
