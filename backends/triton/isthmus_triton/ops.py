@@ -9,8 +9,10 @@ from torch import Tensor
 
 from isthmus.contract import LinearWeight
 from isthmus.reference import DenseLinear, ReferenceOps
+from isthmus.reference.ops import ExpertWeights
 from isthmus_triton.ahead import CompileAhead, listing
 from isthmus_triton.kernels.elementwise import gated_activation, gather_rows
+from isthmus_triton.kernels.experts import FEW_ROWS, MANY_ROWS, Routing, expert_launch, mix_experts
 from isthmus_triton.kernels.linear import (
     LinearScratch,
     padded_rows,
@@ -27,7 +29,7 @@ LIKELY_HEAD: Final = 8
 
 
 class TritonOps(ReferenceOps):
-    """:class:`isthmus.contract.Ops`.  Expert mixing is the reference's.
+    """:class:`isthmus.contract.Ops`.  Nothing here synchronises.
 
     ``wide_logits`` says that the matrix library multiplies 16-bit matrices into float32.
     """
@@ -74,6 +76,18 @@ class TritonOps(ReferenceOps):
     def prepare_table(self, weight: Tensor) -> Tensor:
         self._compile(weight.shape[1], weight.dtype)
         return super().prepare_table(weight)
+
+    def prepare_experts(self, gate_up: Tensor, down: Tensor) -> ExpertWeights:
+        weights = super().prepare_experts(gate_up, down)
+        if self._ahead.active:
+            x = torch.zeros(16, dtype=gate_up.dtype, device=self._device)
+            index, share = x.int(), torch.zeros(2, 2, device=self._device)
+            self._ahead.begin([
+                expert_launch(x, weight, x, Routing(share, index, index), row_tile, activation, self._table.overlap)
+                for row_tile in (FEW_ROWS, MANY_ROWS)
+                for weight, activation in ((weights.gate_up, "silu"), (weights.down, ""))
+            ])  # fmt: skip
+        return weights
 
     def _compile(self, hidden: int, dtype: torch.dtype) -> None:
         """Begin to compile what lies between the products of a layer, of the usual kind."""
@@ -141,3 +155,25 @@ class TritonOps(ReferenceOps):
 
     def take_rows(self, x: Tensor, index: Tensor) -> Tensor:
         return gather_rows(x, index)
+
+    def experts(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        weights: ExpertWeights,
+        *,
+        top_k: int,
+        renormalize: bool,
+        activation: str,
+    ) -> Tensor:
+        self._wait()
+        return mix_experts(
+            x,
+            router_logits,
+            weights.gate_up,
+            weights.down,
+            top_k=top_k,
+            renormalize=renormalize,
+            activation=activation,
+            overlap=self._table.overlap,
+        )
