@@ -35,7 +35,7 @@ needs_compiler = pytest.mark.skipif(
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     """The stand-in's process: torch's kernel for `index_reduce` says on the CPU, and there alone, that it is new."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PT_HPU_")}
-    path = os.pathsep.join([str(STAND_INS), str(STAND_INS / "gaudi")])
+    path = os.pathsep.join(map(str, (STAND_INS, STAND_INS / "gaudi", HERE)))
     return kept | {
         "PYTHONPATH": path,
         "PYTHONWARNINGS": "ignore:index_reduce:UserWarning",
@@ -154,9 +154,13 @@ def test_capabilities() -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S)
-def test_the_whole_engine_on_the_stand_in(tmp_path: Path) -> None:
-    cases = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore:index_reduce:UserWarning")
-    found = python(*cases, str(HERE / "gaudi_engine.py"), environment=environment(tmp_path))
+@pytest.mark.parametrize(
+    "cases", [("stand_in_engine.py",), ("gaudi_engine.py", "-p", "stand_in_engine")], ids=["as others", "its own"]
+)
+def test_the_whole_engine_on_the_stand_in(tmp_path: Path, cases: tuple[str, ...]) -> None:
+    run = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore:index_reduce:UserWarning")
+    file, *options = cases
+    found = python(*run, *options, str(HERE / file), environment=environment(tmp_path, STAND_IN="gaudi"))
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
     assert "skipped" not in found.stdout
 
