@@ -22,6 +22,7 @@ from isthmus_triton.kernels import (
     adjust,
     decode_attention,
     elementwise,
+    experts,
     linear,
     logprobs,
     norm,
@@ -29,6 +30,7 @@ from isthmus_triton.kernels import (
     prefill_attention,
     prepare,
     rotate_and_store,
+    rounds,
     sample,
     shared_attention,
 )
@@ -75,6 +77,8 @@ def attention_cases(arch: str) -> Iterator[Case]:
                     **switches,
                     "SHARED": rows == 16,
                     "ROWS": rows,
+                    "GROUP_TILE": 4,
+                    "MANY": decode_attention.MERGED_AT_ONCE // (4 * dim),
                     "KEY_TILE": decode.key_tile,
                     "STAGES": decode.stages,
                 },
@@ -184,7 +188,45 @@ def other_cases(arch: str) -> Iterator[Case]:
             "STAGES": 2 if arch == "gfx942" else 4,
             "HAS_BIAS": True,
             "PRECISION": "tf32",
+            "AHEAD": max((getattr(rule.launch, "ahead", 0) for rule in launch_table(arch).linear), default=0),
         },
+    )
+
+
+def expert_cases(arch: str) -> Iterator[Case]:
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield Case(
+            f"route {dtype}",
+            experts.route_kernel,
+            f"logits:*{dtype} shares:*fp32 lists:*i32 counts:*i32 tokens:i32 experts:i32",
+            {"TOP_K": 10, "CHOICES": 16, "EXPERTS": 512, "RENORMALIZE": True},
+            1,
+        )
+        launches = experts.FLOAT32 if dtype == "fp32" else experts.LARGE if arch == "sm_90" else experts.SMALL
+        for launch in launches:
+            for gated in (True, False):
+                yield Case(
+                    f"expert linear {dtype} rows={launch.row_tile}{' gated' if gated else ''}",
+                    experts.expert_linear_kernel,
+                    f"x:*{dtype} weight:*{dtype} out:*{dtype} shares:*fp32 lists:*i32 counts:*i32 tokens:i32 "
+                    "row_tiles:i32 row_pairs:i32 experts:i32 out_features:i32 in_features:i32",
+                    {
+                        "EXPERTS": 128,
+                        "ROW_TILE": launch.row_tile,
+                        "OUT_TILE": launch.out_tile,
+                        "IN_TILE": launch.in_tile,
+                        "STAGES": launch.stages,
+                        "GATED": gated,
+                        "SILU": True,
+                        "PRECISION": "ieee",
+                    },
+                    launch.warps,
+                )
+    yield Case(
+        "combine experts",
+        experts.combine_kernel,
+        "parts:*bf16 out:*bf16 hidden:i32",
+        {"TOP_K": 8, "BLOCK": 1024},
     )
 
 
@@ -193,29 +235,32 @@ def step_cases(arch: str) -> Iterator[Case]:
     yield Case(
         "adjust",
         adjust.adjust_kernel,
-        f"logits:*fp32 invalid_before:*i32 {rows} tokens:*i32 num_prompt_tokens:*i32 seen_bits:*i32 vocab:i32 "
-        "history_stride:i32 bit_words:i32",
-        {"BLOCK": 1024},
+        f"logits:*fp32 invalid_before:*i32 {rows} tokens:*i32 num_prompt_tokens:*i32 seen_bits:*i32 queued:*i32 "
+        "vocab:i32 history_stride:i32 bit_words:i32",
+        {"QUEUES": 4, "BLOCK": 1024},
     )
+    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 2048, "KEPT_KEYS": True}
     yield Case(
         "slices",
         sample.slices_kernel,
-        f"logits:*fp32 slices:*fp32 slice_ids:*i32 group_tops:*fp32 collected:*i32 {rows} vocab:i32",
-        {"SLICE": 8192, "BLOCK": 2048, "GROUP": 128},
+        "logits:*fp32 token_keys:*i32 slices:*fp32 slice_ids:*i32 row_words:*i32 queued:*i32 queue:*i32 "
+        f"group_tops:*fp32 {rows} vocab:i32",
+        {"GROUP": 128, **sliced},
     )
-    yield Case(
-        "check",
-        sample.check_kernel,
-        "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 row_parameters:*i64 sample_rows:*i32 vocab:i32 "
-        "num_slices:i32",
-        {"SLICES": 16, "SLICE": 8192, "BLOCK": 2048},
-    )
+    for number, name in ((0, "check"), (1, "round"), (3, "last round")):
+        yield Case(
+            name,
+            rounds.round_kernel,
+            "logits:*fp32 token_keys:*i32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
+            f"queue:*i32 {rows} vocab:i32 num_slices:i32",
+            {"ROUND": number, "LAST": 3, "SLICES": 16, **sliced},
+        )
     yield Case(
         "choose",
         sample.choose_kernel,
-        "logits:*fp32 slices:*fp32 slice_ids:*i32 slice_masses:*fp32 group_tops:*fp32 some_x:*fp32 some_ids:*i32 "
-        f"collected:*i32 invalid_before:*i32 {rows} tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 "
-        "history_stride:i32 num_slices:i32 num_groups:i32",
+        "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 group_tops:*fp32 some_x:*fp32 some_ids:*i32 "
+        f"invalid_before:*i32 {rows} tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 history_stride:i32 "
+        "num_slices:i32 num_groups:i32",
         {"SLICES": 16, "GROUPS": 1024, "MOST": 2048, "BLOCK": 8192},
         launch_table(arch).choose_warps,
     )
@@ -300,7 +345,7 @@ def main() -> int:
     arch = sys.argv[1]
     target, most_shared = TARGETS[arch]
     failed = 0
-    for case in (*attention_cases(arch), *other_cases(arch), *step_cases(arch)):
+    for case in (*attention_cases(arch), *other_cases(arch), *expert_cases(arch), *step_cases(arch)):
         if len(sys.argv) > 2 and sys.argv[2] not in case.name:
             continue
         begin = time.perf_counter()

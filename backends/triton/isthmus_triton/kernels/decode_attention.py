@@ -12,6 +12,7 @@ LeanAttention (Sanovar et al., 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -27,6 +28,8 @@ from isthmus_triton.sizes import power_of_two
 
 LOWEST = tl.constexpr(-1e30)
 LOG2E: float = 1.4426950408889634
+MERGED_AT_ONCE: Final = 16384
+"""Numbers of partial results that are merged together: 128 registers a thread of four warps."""
 _HEADER = tl.constexpr(HEADER)
 _SHARED_ROWS = tl.constexpr(SHARED_ROWS)
 
@@ -75,7 +78,7 @@ def await_stores(lane):
 
 
 @triton.jit
-def merge_row(
+def merge_token(
     partial_out,
     partial_max,
     partial_sum,
@@ -85,35 +88,42 @@ def merge_row(
     starts_within,
     row,
     out_row,
+    GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
-    """One query row's partial results, many at a time so that their loads overlap."""
-    MANY: tl.constexpr = 32
+    """The partial results of a query token's heads, ``MANY`` at a time so that their loads overlap."""
     dim = tl.arange(0, DIM)
-    acc = tl.zeros((DIM,), tl.float32)
-    top = tl.full((), LOWEST, tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    member = tl.arange(0, GROUP_TILE)
+    acc = tl.zeros((GROUP_TILE, DIM), tl.float32)
+    top = tl.full((GROUP_TILE,), LOWEST, tl.float32)
+    total = tl.zeros((GROUP_TILE,), tl.float32)
     for first in range(0, parts, MANY):
         index = first + tl.arange(0, MANY)
-        ok = index < parts
+        ok = (index < parts)[:, None] & (member < GROUP)[None, :]
         slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
-        part = slot.to(tl.int64) * ROWS + row
+        part = slot.to(tl.int64)[:, None] * ROWS + row + member[None, :]
         tops = tl.load(partial_max + part, mask=ok, other=LOWEST, cache_modifier=".cg")
         totals = tl.load(partial_sum + part, mask=ok, other=0.0, cache_modifier=".cg")
         outs = tl.load(
-            partial_out + part[:, None] * DIM + dim[None, :], mask=ok[:, None], other=0.0, cache_modifier=".cg"
+            partial_out + part[:, :, None] * DIM + dim[None, None, :],
+            mask=ok[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
         )
         new_top = tl.maximum(top, tl.max(tops, 0))
-        weight = tl.where(ok, tl.exp2(tops - new_top), 0.0)
+        weight = tl.where(ok, tl.exp2(tops - new_top[None, :]), 0.0)
         mine = tl.exp2(top - new_top)
-        acc = acc * mine + tl.sum(outs * weight[:, None], 0)
+        acc = acc * mine[:, None] + tl.sum(outs * weight[:, :, None], 0)
         total = total * mine + tl.sum(totals * weight, 0)
         top = new_top
-    result = acc / tl.maximum(total, 1e-30)
-    place = out_row.to(tl.int64) * HEAD_DIM + dim
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    result = acc / tl.maximum(total, 1e-30)[:, None]
+    place = (out_row + member).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+    ok = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -139,9 +149,11 @@ def decode_kernel(
     scale,
     softcap,
     GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -260,32 +272,12 @@ def decode_kernel(
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
             if arrived == parts - 1:
                 starts_within = begin % per_program != 0
-                if parts <= 16:
-                    acc = tl.zeros((ROWS, DIM), tl.float32)
-                    top = tl.full((ROWS,), LOWEST, tl.float32)
-                    total = tl.zeros((ROWS,), tl.float32)
-                    for index in tl.range(0, parts, loop_unroll_factor=4):
-                        slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
-                        part = slot.to(tl.int64) * ROWS + row
-                        places = part[:, None] * DIM + dim[None, :]
-                        other_top = tl.load(partial_max + part, mask=row_ok, other=LOWEST, cache_modifier=".cg")
-                        other_total = tl.load(partial_sum + part, mask=row_ok, other=0.0, cache_modifier=".cg")
-                        other = tl.load(partial_out + places, mask=row_mask, other=0.0, cache_modifier=".cg")
-                        new_top = tl.maximum(top, other_top)
-                        mine = tl.exp2(top - new_top)
-                        theirs = tl.exp2(other_top - new_top)
-                        acc = acc * mine[:, None] + other * theirs[:, None]
-                        total = total * mine + other_total * theirs
-                        top = new_top
-                    result = acc / tl.maximum(total, 1e-30)[:, None]
-                    tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
-                else:
-                    for query_row in range(length * GROUP):
-                        out_row = (first_token + query_row // GROUP) * heads + head * GROUP + query_row % GROUP
-                        merge_row(
-                            partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
-                            query_row, out_row, HEAD_DIM, DIM, ROWS,
-                        )  # fmt: skip
+                for one in range(length):
+                    out_row = (first_token + one) * heads + head * GROUP
+                    merge_token(
+                        partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
+                        one * GROUP, out_row, GROUP, GROUP_TILE, HEAD_DIM, DIM, ROWS, MANY,
+                    )  # fmt: skip
                 tl.store(arrivals + first_program, 0)
 
         left -= count
@@ -362,6 +354,7 @@ def decode_attention(
     """
     group = layer.heads // layer.kv_heads
     capped = layer.softcap > 0.0
+    dim = power_of_two(layer.head_dim)
     launching(decode_kernel, (plan.num_programs,))(
         query,
         keys,
@@ -384,9 +377,11 @@ def decode_attention(
         layer.scale if capped else layer.scale * LOG2E,
         layer.softcap,
         GROUP=group,
+        GROUP_TILE=power_of_two(group),
         ROWS=rows_for(group, longest),
         HEAD_DIM=layer.head_dim,
-        DIM=power_of_two(layer.head_dim),
+        DIM=dim,
+        MANY=max(1, MERGED_AT_ONCE // (power_of_two(group) * dim)),
         BLOCK_SIZE=keys.shape[2],
         KEY_TILE=launch.key_tile,
         STAGES=launch.stages,
