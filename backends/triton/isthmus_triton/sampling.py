@@ -11,11 +11,14 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
+from isthmus.reference.noise import token_keys
 from isthmus_triton.ahead import CompileAhead, Launch, listing
 from isthmus_triton.inputs import history_width
 from isthmus_triton.kernels.adjust import adjust_kernel
 from isthmus_triton.kernels.logprobs import MOST_LIKELIEST, log_probabilities
-from isthmus_triton.kernels.sample import check_kernel, choose_kernel, slices_kernel
+from isthmus_triton.kernels.overlap import overlapping
+from isthmus_triton.kernels.rounds import round_kernel
+from isthmus_triton.kernels.sample import choose_kernel, slices_kernel
 from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
 from isthmus_triton.sizes import power_of_two, tiles_of
@@ -26,6 +29,25 @@ GROUP: Final = 128
 """Logits whose largest is kept, to bound the ``top_k``-th one from below."""
 MOST_COLLECTED: Final = 2048
 """Tokens that are looked at together for ``top_k``; where more may be among the k, sweeps find them."""
+QUEUES: Final = 4
+"""Queues of rows: for the check of the first candidates, and for each round after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingLaunch:
+    """How ``min_p`` and ``top_p`` without ``top_k`` are spread over the device."""
+
+    rounds: int = 3
+    """Candidates after the first that all processors look for together, less than :data:`QUEUES`."""
+    round_programs: int = 1056
+    """Programs of a round at most; they share the slices of the rows that it has."""
+    block: int = 2048
+    """Logits that a program reads at once."""
+    kept_keys: bool = True
+    """Whether the tokens' part of the noise is read, or made each time."""
+
+    def __post_init__(self) -> None:
+        assert self.rounds < QUEUES, f"{self.rounds} rounds need more than {QUEUES} queues"
 
 
 @dataclass(slots=True)
@@ -35,6 +57,7 @@ class RowStates:
     parameters: Tensor  # int64 [max_rows + 1, WIDTH]
     seen_bits: Tensor  # int32 [max_rows, bit words], zero between steps
     vocab_size: int
+    token_keys: Tensor  # int32 [vocab]
     extras: dict[int, Tensor] = field(default_factory=dict)
     """Lists of rows that have any; the rows' parameters hold their addresses."""
 
@@ -47,15 +70,24 @@ class TritonSampling:
     otherwise than one product does.
     """
 
-    def __init__(self, device: torch.device, table: LaunchTable = FALLBACK, ahead: CompileAhead | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        table: LaunchTable = FALLBACK,
+        ahead: CompileAhead | None = None,
+        launch: SamplingLaunch = SamplingLaunch(),
+    ) -> None:
         self._device = device
         self._choose_warps = table.choose_warps
+        self._overlap = table.overlap
+        self._launch = launch
         self._ahead = ahead or CompileAhead(device)
 
     def allocate(self, limits: Limits) -> RowStates:
         rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)
         bits = torch.zeros(limits.max_rows, bit_words(limits.vocab_size), dtype=torch.int32, device=self._device)
-        state = RowStates(rows, bits, limits.vocab_size)
+        keys = token_keys(torch.arange(limits.vocab_size, dtype=torch.int32, device=self._device))
+        state = RowStates(rows, bits, limits.vocab_size, keys)
         self._compile(state, limits)
         return state
 
@@ -110,26 +142,31 @@ class TritonSampling:
     ) -> list[Launch]:
         samples, vocab = logits.shape
         rows, last, positions, history = inputs.sample_rows, inputs.sample_tokens, inputs.positions, device.tokens
-        empty, bits = logits.new_empty, state.seen_bits
+        empty, bits, how = logits.new_empty, state.seen_bits, self._launch
         num_slices = tiles_of(vocab, SLICE)
         num_groups = num_slices * (SLICE // GROUP)
-        slices, masses = empty(samples, num_slices, 4), empty(samples, num_slices, 2)
-        ids, collected = empty(samples, num_slices, dtype=torch.int32), empty(samples, dtype=torch.int32)
+        slices, ids = empty(samples, num_slices, 4), empty(samples, num_slices, 2, dtype=torch.int32)
+        words, bounds = empty(samples, 4, dtype=torch.int32), empty(samples, 2)
+        queued, queue = empty(QUEUES, dtype=torch.int32), empty(samples, QUEUES, dtype=torch.int32)
         group_tops, some_x = empty(samples, num_groups), empty(samples, MOST_COLLECTED)
         some_ids = empty(samples, MOST_COLLECTED, dtype=torch.int32)
         invalid_before = empty(samples, dtype=torch.int32)
-        padded = power_of_two(num_slices)
+        rows_at = (state.parameters, rows, last, positions)
         adjust = (
-            logits, invalid_before, state.parameters, rows, last, positions, history, device.num_prompt_tokens,
-            bits, vocab, history.stride(0), bits.stride(0),
+            logits, invalid_before, *rows_at, history, device.num_prompt_tokens, bits, queued, vocab,
+            history.stride(0), bits.stride(0),
         )  # fmt: skip
-        cut = (logits, slices, ids, group_tops, collected, state.parameters, rows, last, positions, vocab)
-        check = (logits, slices, ids, masses, state.parameters, rows, vocab, num_slices)
+        cut = (logits, state.token_keys, slices, ids, words, queued, queue, group_tops, *rows_at, vocab)
+        rounds = (
+            logits, state.token_keys, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices
+        )  # fmt: skip
         choose = (
-            logits, slices, ids, masses, group_tops, some_x, some_ids, collected, invalid_before, state.parameters,
-            rows, last, positions, history, tokens, invalid, vocab, history.stride(0), num_slices, num_groups,
+            logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
+            invalid, vocab, history.stride(0), num_slices, num_groups,
         )  # fmt: skip
-        sizes = {"SLICE": SLICE, "BLOCK": SLICE // 4, "num_warps": 4}
+        overlap = {"OVERLAP": self._overlap, **overlapping(self._overlap)}
+        padded, sliced = power_of_two(num_slices), {"SLICE": SLICE, "BLOCK": how.block, "KEPT_KEYS": how.kept_keys}
+        sizes = {"QUEUES": QUEUES, **sliced, "num_warps": 4, **overlap}
         choose_sizes = {
             "SLICES": padded,
             "GROUPS": power_of_two(num_groups),
@@ -137,11 +174,20 @@ class TritonSampling:
             "BLOCK": min(8192, power_of_two(vocab)),
             "num_warps": self._choose_warps,
         }
+        every = samples * num_slices
         return [
-            Launch(adjust_kernel, (samples,), adjust, {"BLOCK": 1024, "num_warps": 4}),
+            Launch(adjust_kernel, (samples,), adjust, {"QUEUES": QUEUES, "BLOCK": 1024, "num_warps": 4, **overlap}),
             Launch(slices_kernel, (samples, num_slices), cut, {"GROUP": GROUP, **sizes}),
-            Launch(check_kernel, (samples, num_slices), check, {"SLICES": padded, **sizes}),
-            Launch(choose_kernel, (samples,), choose, choose_sizes),
+            *(
+                Launch(
+                    round_kernel,
+                    (min(every, how.round_programs) if number else every,),
+                    rounds,
+                    {"ROUND": number, "LAST": how.rounds, "SLICES": padded, **sizes},
+                )
+                for number in range(how.rounds + 1)
+            ),
+            Launch(choose_kernel, (samples,), choose, {**choose_sizes, **overlap}),
         ]
 
     def _compile(self, state: RowStates, limits: Limits) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from isthmus_triton.kernels.overlap import await_previous, let_next_begin
 from isthmus_triton.row_parameters import (
     BIASES,
     EXTRAS,
@@ -68,12 +69,19 @@ def adjust_kernel(
     tokens,  # int32 [rows, history]
     num_prompt_tokens,
     seen_bits,  # int32 [samples, words], zero between launches
+    queued,  # int32 [QUEUES], zeroed here for the kernels that sample
     vocab,
     history_stride,
     bit_words,
+    QUEUES: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
+    await_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     sample = tl.program_id(0)
+    if sample == 0:
+        tl.store(queued + tl.arange(0, QUEUES), 0)
     row = tl.load(sample_rows + sample).to(tl.int64)
     flags = parameter(row_parameters, row, _FLAGS)
     tl.store(invalid_before + sample, 0)

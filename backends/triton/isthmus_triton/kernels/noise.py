@@ -26,11 +26,22 @@ def row_key(seed, position):
 
 
 @triton.jit
-def gumbel(key, tokens):
-    """Gumbel noise, float32, of a :func:`row_key` and int32 token ids."""
-    bits = fmix32(key ^ fmix32(tokens.to(tl.uint32) + 0x7F4A7C15))
+def token_key(tokens):
+    """uint32 of int32 token ids, the same for every row."""
+    return fmix32(tokens.to(tl.uint32) + 0x7F4A7C15)
+
+
+@triton.jit
+def gumbel_of(bits):
+    """Gumbel noise, float32, of uint32 hashes: not more than ``-log(bits * 2**-32)``."""
     v = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.9999999403953552)
     # -log1p(-v): the logarithm of the hardware is not exact near 1, a short series is.
     series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * (0.25 + v * 0.2))))
     exponential = tl.where(v < 0.03125, series, -tl.log(1.0 - v))
     return -tl.log(exponential)
+
+
+@triton.jit
+def gumbel(key, tokens):
+    """Gumbel noise, float32, of a :func:`row_key` and int32 token ids."""
+    return gumbel_of(fmix32(key ^ token_key(tokens)))
