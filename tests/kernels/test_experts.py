@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor
 
 from isthmus.reference import ReferenceOps
-from isthmus_triton.kernels.experts import route, row_tile_for, row_tiles_of
+from isthmus_triton.ahead import CompileAhead, Launch, listing
+from isthmus_triton.kernels.experts import (
+    expert_launch_for,
+    expert_launches,
+    expert_linear_kernel,
+    route,
+    row_tiles_of,
+)
 from isthmus_triton.launch import launch_table
 from isthmus_triton.ops import TritonOps
 
@@ -99,14 +107,14 @@ def test_no_tokens(ours: TritonOps, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "row_tile"), [(23, 16), (200, 64)])
+@pytest.mark.parametrize("tokens", [23, 90, 250])
 def test_several_tiles_of_an_expert_and_none_of_another(
-    ours: TritonOps, device: torch.device, dtype: torch.dtype, tokens: int, row_tile: int
+    ours: TritonOps, device: torch.device, dtype: torch.dtype, tokens: int
 ) -> None:
     case = mixture(device, dtype, tokens=tokens, hidden=72, inner=136)
     case.router[:, 1] += 20
     case.router[:, 4] -= 100
-    assert row_tile_for(2 * tokens, 6) == row_tile < tokens
+    assert expert_launch_for(2 * tokens, 6, dtype, device).row_tile < tokens
     case.check(case.mix(ours))
 
 
@@ -185,3 +193,32 @@ def test_capture(ours: TritonOps, device: torch.device, dtype: torch.dtype, toke
         case.router.copy_(2 * random(device, dtype, *case.router.shape, seed=seed + 10))
         graph.replay()
         case.check(mixed)
+
+
+class Recorder(CompileAhead):
+    """Remembers what it is asked to compile."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.launches: list[Launch] = []
+
+    @property
+    def active(self) -> bool:
+        return True
+
+    def begin(self, launches: Sequence[Launch]) -> None:
+        self.launches += launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_compiled_ahead(device: torch.device, arch: str, dtype: torch.dtype) -> None:
+    ahead = Recorder(device)
+    ops = TritonOps(device, launch_table(arch), ahead=ahead)
+    for tokens in (1, 90, 700):
+        with listing() as launches:
+            mixture(device, dtype, tokens=tokens).mix(ops)
+        products = [launch for launch in launches if launch.kernel is expert_linear_kernel]
+        assert len(products) == 2
+        for product in products:
+            assert product.options in [launch.options for launch in ahead.launches]
+    assert len(ahead.launches) == 3 * 2 * len(expert_launches(dtype, device))

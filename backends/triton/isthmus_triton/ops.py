@@ -12,7 +12,7 @@ from isthmus.reference import DenseLinear, ReferenceOps
 from isthmus.reference.ops import ExpertWeights
 from isthmus_triton.ahead import CompileAhead, listing
 from isthmus_triton.kernels.elementwise import gated_activation, gather_rows
-from isthmus_triton.kernels.experts import FEW_ROWS, MANY_ROWS, Routing, expert_launch, mix_experts
+from isthmus_triton.kernels.experts import Routing, expert_launches, expert_linear_launch, mix_experts
 from isthmus_triton.kernels.linear import (
     LinearScratch,
     padded_rows,
@@ -81,10 +81,10 @@ class TritonOps(ReferenceOps):
         weights = super().prepare_experts(gate_up, down)
         if self._ahead.active:
             x = torch.zeros(16, dtype=gate_up.dtype, device=self._device)
-            index, share = x.int(), torch.zeros(2, 2, device=self._device)
+            routing = Routing(torch.zeros(2, 2, device=self._device), x.int(), x.int())
             self._ahead.begin([
-                expert_launch(x, weight, x, Routing(share, index, index), row_tile, activation, self._table.overlap)
-                for row_tile in (FEW_ROWS, MANY_ROWS)
+                expert_linear_launch(x, weight, x, routing, launch, activation, self._table.overlap)
+                for launch in expert_launches(x.dtype, self._device)
                 for weight, activation in ((weights.gate_up, "silu"), (weights.down, ""))
             ])  # fmt: skip
         return weights

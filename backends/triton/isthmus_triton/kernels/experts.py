@@ -7,8 +7,10 @@ grids are as large as any routing may need, and a program for which there is no 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cache
+from typing import Final
 
 import torch
 import triton
@@ -19,8 +21,35 @@ from isthmus_triton.ahead import Launch, launching
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
 from isthmus_triton.sizes import power_of_two, tiles_of
 
-FEW_ROWS: Final = 16
-MANY_ROWS: Final = 64
+LARGE_BYTES: Final = 227 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLaunch:
+    row_tile: int
+    out_tile: int
+    in_tile: int
+    stages: int
+    warps: int
+    most_pairs: float = math.inf
+    """For each expert, on average, up to which this launch is taken."""
+
+
+LARGE: Final = (
+    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=64, in_tile=128, stages=4, warps=4),
+    ExpertLaunch(most_pairs=32, row_tile=32, out_tile=64, in_tile=128, stages=3, warps=4),
+    ExpertLaunch(row_tile=128, out_tile=128, in_tile=64, stages=4, warps=8),
+)
+"""Measured on an H100, for units with its shared memory.  Few pairs an expert: the weights' memory is the bound."""
+SMALL: Final = (
+    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=64, in_tile=64, stages=3, warps=4),
+    ExpertLaunch(row_tile=64, out_tile=64, in_tile=64, stages=3, warps=4),
+)
+"""Within 64 KiB of shared memory on AMD's cards, and on CUDA's before Hopper."""
+FLOAT32: Final = (
+    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=32, in_tile=32, stages=2, warps=4),
+    ExpertLaunch(row_tile=64, out_tile=32, in_tile=32, stages=2, warps=4),
+)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,10 +113,10 @@ def expert_linear_kernel(
     OUT_TILE: tl.constexpr,
     IN_TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    GROUP: tl.constexpr,
     GATED: tl.constexpr,
     SILU: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr = 8,
     OVERLAP: tl.constexpr = False,
 ):
     # GROUP row tiles at a time meet every tile of their weights, so that the cache holds either.
@@ -199,21 +228,24 @@ def route(router_logits: Tensor, top_k: int, *, renormalize: bool, overlap: bool
     return routing
 
 
-def row_tile_for(pairs: int, experts: int) -> int:
-    """Rows of a tile, of two kinds.  A tile of many still waits for memory where it is half empty."""
-    return FEW_ROWS if pairs <= FEW_ROWS // 2 * experts else MANY_ROWS
+def expert_launches(dtype: torch.dtype, device: torch.device) -> tuple[ExpertLaunch, ...]:
+    """In order of :attr:`ExpertLaunch.most_pairs`; the last has no bound."""
+    if dtype == torch.float32:
+        return FLOAT32
+    return LARGE if _shared_bytes(device) >= LARGE_BYTES else SMALL
 
 
-def tile_options(row_tile: int, itemsize: int) -> dict[str, int]:
-    """How :func:`expert_linear_kernel` cuts a product of such elements; all fit 64 KiB of shared memory."""
-    wide = itemsize == 4
-    return {
-        "ROW_TILE": row_tile,
-        "OUT_TILE": 32 if wide else 64,
-        "IN_TILE": 32 if wide else 64,
-        "STAGES": 2 if wide else 3,
-        "GROUP": 8,
-    }
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Of a compute unit; 0 where it is not known."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def expert_launch_for(pairs: int, experts: int, dtype: torch.dtype, device: torch.device) -> ExpertLaunch:
+    launches = expert_launches(dtype, device)
+    return next((launch for launch in launches if pairs <= launch.most_pairs * experts), launches[-1])
 
 
 def row_tiles_of(pairs: int, experts: int, row_tile: int) -> int:
@@ -222,31 +254,33 @@ def row_tiles_of(pairs: int, experts: int, row_tile: int) -> int:
     return filled + (pairs - filled) // row_tile
 
 
-def expert_launch(
-    x: Tensor, weight: Tensor, out: Tensor, routing: Routing, row_tile: int, activation: str, overlap: bool
+def expert_linear_launch(
+    x: Tensor, weight: Tensor, out: Tensor, routing: Routing, launch: ExpertLaunch, activation: str, overlap: bool
 ) -> Launch:
     """The launch of :func:`expert_linear`, into ``out`` [pairs, out]."""
     tokens, top_k = routing.shares.shape
     pairs, (experts, out_features, in_features) = tokens * top_k, weight.shape
     if activation:
         out_features //= 2
-    row_tiles = row_tiles_of(pairs, experts, row_tile)
-    tiles = tile_options(row_tile, x.itemsize)
+    row_tiles = row_tiles_of(pairs, experts, launch.row_tile)
     arguments = (
         x, weight, out, routing.shares, routing.lists, routing.counts,
         tokens, row_tiles, top_k if activation else 1, experts, out_features, in_features,
     )  # fmt: skip
-    options: dict[str, Any] = {
+    options = {
         "EXPERTS": power_of_two(experts),
-        **tiles,
+        "ROW_TILE": launch.row_tile,
+        "OUT_TILE": launch.out_tile,
+        "IN_TILE": launch.in_tile,
+        "STAGES": launch.stages,
         "GATED": activation != "",
         "SILU": activation == "silu",
         "PRECISION": "ieee",
         "OVERLAP": overlap,
-        "num_warps": 4,
+        "num_warps": launch.warps,
         **overlapping(overlap),
     }
-    return Launch(expert_linear_kernel, (row_tiles * tiles_of(out_features, tiles["OUT_TILE"]),), arguments, options)
+    return Launch(expert_linear_kernel, (row_tiles * tiles_of(out_features, launch.out_tile),), arguments, options)
 
 
 def expert_linear(x: Tensor, weight: Tensor, routing: Routing, activation: str, *, overlap: bool = False) -> Tensor:
@@ -262,7 +296,8 @@ def expert_linear(x: Tensor, weight: Tensor, routing: Routing, activation: str, 
     pairs = routing.shares.numel()
     experts, out_features, _ = weight.shape
     out = x.new_empty(pairs, out_features // 2 if activation else out_features)
-    expert_launch(x, weight, out, routing, row_tile_for(pairs, experts), activation, overlap).run()
+    launch = expert_launch_for(pairs, experts, x.dtype, x.device)
+    expert_linear_launch(x, weight, out, routing, launch, activation, overlap).run()
     return out
 
 
