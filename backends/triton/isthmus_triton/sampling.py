@@ -80,6 +80,7 @@ class TritonSampling:
         self._device = device
         self._choose_warps = table.choose_warps
         self._overlap = table.overlap
+        self._await_stores = table.decode_for(0).await_stores
         self._launch = launch
         self._ahead = ahead or CompileAhead(device)
 
@@ -165,8 +166,10 @@ class TritonSampling:
             invalid, vocab, history.stride(0), num_slices, num_groups,
         )  # fmt: skip
         overlap = {"OVERLAP": self._overlap, **overlapping(self._overlap)}
-        padded, sliced = power_of_two(num_slices), {"SLICE": SLICE, "BLOCK": how.block, "KEPT_KEYS": how.kept_keys}
-        sizes = {"QUEUES": QUEUES, **sliced, "num_warps": 4, **overlap}
+        padded = power_of_two(num_slices)
+        sizes = {"SLICE": SLICE, "BLOCK": how.block, "KEPT_KEYS": how.kept_keys, "QUEUES": QUEUES, "num_warps": 4}
+        sizes |= overlap
+        round_sizes = {"LAST": how.rounds, "SLICES": padded, "AWAIT_STORES": self._await_stores, **sizes}
         choose_sizes = {
             "SLICES": padded,
             "GROUPS": power_of_two(num_groups),
@@ -183,7 +186,7 @@ class TritonSampling:
                     round_kernel,
                     (min(every, how.round_programs) if number else every,),
                     rounds,
-                    {"ROUND": number, "LAST": how.rounds, "SLICES": padded, **sizes},
+                    {"ROUND": number, **round_sizes},
                 )
                 for number in range(how.rounds + 1)
             ),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from isthmus_triton.kernels.adjust import float_parameter, parameter
+from isthmus_triton.kernels.decode_attention import await_stores
 from isthmus_triton.kernels.noise import row_key
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin
 from isthmus_triton.kernels.sample import (
@@ -56,6 +57,7 @@ def round_kernel(
     SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
     KEPT_KEYS: tl.constexpr,
+    AWAIT_STORES: tl.constexpr = False,
     OVERLAP: tl.constexpr = False,
 ):
     """Any number of programs; each takes slices of the rows that are queued for ``ROUND``, none if there are none."""
@@ -109,6 +111,8 @@ def round_kernel(
             tl.store(slice_ids + at * 2 + 1, best_id)
         tl.store(slices + at * SLICE_NUMBERS + ABOVE, tl.sum(above, 0))
         # All threads have read what the last program writes, and written what it reads.
+        if AWAIT_STORES:
+            await_stores(lane)
         tl.debug_barrier()
         arrived = tl.atomic_add(words + ARRIVALS, 1, sem="acq_rel")
         if arrived == num_slices - 1:
