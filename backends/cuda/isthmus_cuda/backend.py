@@ -121,7 +121,7 @@ class CudaBackend:
             "attention of long spans": self._flash.reason,
             "linear": "cuBLAS; Triton for few rows where the table says that it is faster",
             "norm, rotary, activation, embedding": "Triton kernels",
-            "experts": "plain torch",
+            "experts": "Triton kernels",
             "sampling": "Triton kernels",
             "inputs": "Triton kernels",
             "graphs": "CUDA graphs of whole decode steps",

@@ -59,7 +59,7 @@ class RocmBackend:
             "attention of long spans": self._long_spans(),
             "linear": f"hipBLASLt or rocBLAS, as torch chooses; logits are {logits}",
             "norm, rotary, activation, embedding": "Triton kernels",
-            "experts": "plain torch",
+            "experts": "Triton kernels",
             "sampling": "Triton kernels; log-probabilities by torch",
             "inputs": "Triton kernels",
             "graphs": "HIP graphs of whole decode steps",

@@ -116,7 +116,7 @@ class ReferenceOps:
                 inner = self.gated_activation(F.linear(x[pairs // top_k], weights.gate_up[expert]), activation)
                 mixed[pairs] = F.linear(inner, weights.down[expert])
                 begin += count
-        return (mixed.view(x.shape[0], top_k, -1) * share.to(x.dtype).unsqueeze(-1)).sum(dim=1)
+        return (mixed.view(x.shape[0], top_k, x.shape[1]) * share.to(x.dtype).unsqueeze(-1)).sum(dim=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
