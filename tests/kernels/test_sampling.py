@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from isthmus.reference.noise import gumbel_noise, row_keys, token_keys
 from isthmus.sampling_params import RowSampling
 from isthmus_triton.kernels.logprobs import log_probabilities
 from isthmus_triton.kernels.noise import gumbel, row_key
-from isthmus_triton.sampling import TritonSampling
+from isthmus_triton.kernels.sample import BEST_OF_SLICES, FOUND, REFUSED, STATUS
+from isthmus_triton.sampling import DEFAULT, SamplingLaunch, TritonSampling
 
 VOCAB = 300
 LIMITS = Limits(max_rows=12, max_tokens=64, max_model_len=64, block_size=16, num_blocks=40, vocab_size=VOCAB)
@@ -26,11 +28,19 @@ LIMITS = Limits(max_rows=12, max_tokens=64, max_model_len=64, block_size=16, num
 class Both:
     """The reference and ours over one plan whose rows have ``history`` tokens, ``prompt`` of them prompt."""
 
-    def __init__(self, device: torch.device, rows: list[dict[str, Any]], history: int = 20, prompt: int = 12) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rows: list[dict[str, Any]],
+        history: int = 20,
+        prompt: int = 12,
+        limits: Limits = LIMITS,
+        launch: SamplingLaunch = DEFAULT,
+    ) -> None:
         rng = np.random.default_rng(0)
         self.device = device
         inputs = ReferenceInputs(device)
-        self.states = [inputs.allocate(LIMITS) for _ in range(2)]
+        self.states = [inputs.allocate(limits) for _ in range(2)]
         starts = tuple(
             RowStart(
                 row=row,
@@ -51,8 +61,8 @@ class Both:
         )
         for state in self.states:
             inputs.upload(self.plan, state)
-        self.samplers = [ReferenceSampling(device), TritonSampling(device)]
-        self.parameters = [sampler.allocate(LIMITS) for sampler in self.samplers]
+        self.samplers = [ReferenceSampling(device), TritonSampling(device, launch=launch)]
+        self.parameters = [sampler.allocate(limits) for sampler in self.samplers]
         for sampler, parameters in zip(self.samplers, self.parameters, strict=True):
             sampler.apply(parameters, self.plan)
         self.inputs = inputs.build(self.states[0], StepShape(count + 2, count + 1, count + 1))
@@ -60,7 +70,7 @@ class Both:
 
     def sample(self, logits: torch.Tensor, num_logprobs: int = -1) -> tuple[Any, Any]:
         """(expected, ours), the padding row left out; both have written the tokens to their histories."""
-        padded = torch.cat((logits, torch.zeros(1, VOCAB))).to(self.device)
+        padded = torch.cat((logits, torch.zeros(1, logits.shape[1]))).to(self.device)
         found = []
         for sampler, state, parameters in zip(self.samplers, self.states, self.parameters, strict=True):
             found.append(sampler.sample(padded.clone(), self.inputs, state, parameters, num_logprobs))
@@ -96,6 +106,99 @@ CUTS = [
 def test_cuts_draw_the_references_tokens(device: torch.device, seed: int, scale: float) -> None:
     rows = [{**cut, "seed": seed * 1000 + index * 77 + 2**40} for index, cut in enumerate(CUTS)]
     Both(device, rows).check(logits_for(len(rows), seed, scale))
+
+
+FLAT = [{"temperature": 1.0, "top_p": top_p} for top_p in (0.9, 0.5, 0.2, 0.05, 0.01, 0.003)]
+CHAIN_ROWS = [{**row, "seed": seed} for row, seed in zip(FLAT * 2, range(12), strict=True)]
+SMALL_SLICES = {"SLICE": 128, "GROUP": 16}
+
+
+def refused_candidates(x: torch.Tensor, row: dict[str, Any], position: int) -> int:
+    """How many of a row's largest perturbed tokens, each above the one before it, ``min_p`` and ``top_p`` refuse."""
+    keys = torch.from_numpy(row_keys(np.array([row["seed"]], np.int64), np.array([position], np.int32)))
+    x = x / row["temperature"]
+    score = x + gumbel_noise(keys, token_keys(torch.arange(len(x), dtype=torch.int32)))
+    floor = x.max() + np.log(row["min_p"]) if "min_p" in row else x.min()
+    mass = torch.where(x >= floor, (x - x.max()).exp(), 0.0)
+    count = 0
+    while True:
+        candidate = x[score.argmax()]
+        above = x > candidate
+        if candidate >= floor and mass[above].sum() < row["top_p"] * mass.sum():
+            return count
+        count += 1
+        score = score.masked_fill(~(above & (x >= floor)), float("-inf"))
+
+
+@pytest.mark.parametrize(("rounds", "kept_keys"), [(0, True), (1, False), (3, True)])
+def test_candidates_are_refused_many_times_over(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, rounds: int, kept_keys: bool
+) -> None:
+    """By rounds over slices as far as there are rounds, by sweeps beyond them: the same tokens."""
+    for name, value in SMALL_SLICES.items():
+        monkeypatch.setattr(f"isthmus_triton.sampling.{name}", value)
+    # Fewer programs than a round has slices to go through.
+    launch = SamplingLaunch(rounds=rounds, round_programs=3, block=64, kept_keys=kept_keys)
+    lengths: set[int] = set()
+    for seed in range(2):
+        rows = [{**row, "seed": seed * 100 + row["seed"]} for row in CHAIN_ROWS[:11]]
+        logits = logits_for(len(rows), seed, 0.5)
+        both = Both(device, rows, launch=launch)
+        both.check(logits)
+        lengths |= {refused_candidates(x, row, both.history) for x, row in zip(logits, rows, strict=True)}
+    assert lengths >= set(range(6)), f"too easy: {sorted(lengths)}"
+
+
+def test_rounds_settle_the_rows_that_they_are_enough_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round finds a candidate and the next one checks it, so ``n`` rounds are enough for less than ``n`` refused."""
+    for name, value in SMALL_SLICES.items():
+        monkeypatch.setattr(f"isthmus_triton.sampling.{name}", value)
+    seen: set[int] = set()
+    for seed in range(2):
+        rows: list[dict[str, Any]] = [{**row, "seed": seed * 100 + row["seed"]} for row in CHAIN_ROWS[:10]]
+        rows.append({"temperature": 1.0, "min_p": 0.9, "top_p": 0.999, "seed": seed})
+        logits = logits_for(len(rows), seed, 0.5)
+        both = Both(device, rows, launch=SamplingLaunch(rounds=3, block=64))
+        state, padded = both.states[1], torch.cat((logits, torch.zeros(1, VOCAB))).to(device)
+        scratch = torch.empty(len(padded), dtype=torch.int32, device=device)
+        launches = both.samplers[1]._launches(padded, scratch, scratch.bool(), both.inputs, state, both.parameters[1])
+        for launch in launches[:-1]:
+            launch.run()
+        words = launches[1].arguments[4]
+        statuses = words[: len(rows), STATUS.value].tolist()
+        for status, x, row in zip(statuses, logits, rows, strict=True):
+            refused = refused_candidates(x, row, both.history)
+            seen.add(refused)
+            expected = BEST_OF_SLICES if refused == 0 else FOUND if refused < 3 else REFUSED
+            assert status == expected.value, f"{row}: {refused} candidates refused"
+    assert seen >= set(range(5))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_vocabularies_of_several_slices(device: torch.device, seed: int) -> None:
+    """The last one partly filled; every way to cut, and rows that cannot be sampled among them."""
+    vocab = 2 * 8192 + 3000
+    limits = replace(LIMITS, vocab_size=vocab)
+    rows = [{**cut, "seed": seed + index} for index, cut in enumerate([*CUTS, *FLAT[1:4]])]
+    rows.append({"temperature": 0.6, "top_p": 0.4, "min_p": 0.3, "seed": seed})
+    logits = logits_for(len(rows), seed, 1.0, vocab)
+    logits[8, 17000] = float("nan")
+    Both(device, rows, limits=limits).check(logits)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_what_noise_cannot_lift_is_ruled_out_alone(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """Many small blocks, most of them skipped, for logits of every size; also below all that are not masked."""
+    for name, value in SMALL_SLICES.items():
+        monkeypatch.setattr(f"isthmus_triton.sampling.{name}", value)
+    rows = [{"temperature": (0.7, 1.0, 1.9)[seed % 3], "seed": seed} for seed in range(11)]
+    for seed in range(2):
+        logits = logits_for(len(rows), seed, scale)
+        logits[seed, 20:] = float("-inf")
+        logits[seed + 1, :280] = -1e30
+        Both(device, rows, launch=SamplingLaunch(block=32)).check(logits)
 
 
 def test_more_tokens_than_are_collected(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

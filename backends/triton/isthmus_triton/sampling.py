@@ -50,6 +50,9 @@ class SamplingLaunch:
         assert self.rounds < QUEUES, f"{self.rounds} rounds need more than {QUEUES} queues"
 
 
+DEFAULT: Final = SamplingLaunch()
+
+
 @dataclass(slots=True)
 class RowStates:
     """Per-row parameters; the last row is the padding row and stays neutral (greedy)."""
@@ -75,7 +78,7 @@ class TritonSampling:
         device: torch.device,
         table: LaunchTable = FALLBACK,
         ahead: CompileAhead | None = None,
-        launch: SamplingLaunch = SamplingLaunch(),
+        launch: SamplingLaunch = DEFAULT,
     ) -> None:
         self._device = device
         self._choose_warps = table.choose_warps

@@ -73,6 +73,8 @@ def round_kernel(
         bounds = row_bounds + sample * 2
         if ROUND == 0:
             chosen, top = row_best(slices, slice_ids, sample, num_slices, SLICES)
+            valid = (top > float("-inf")) & (top < float("inf"))
+            top = tl.where(valid, top, 0.0)
         else:
             chosen = tl.load(words + CHOSEN, cache_modifier=".cg")
             top = tl.load(bounds, cache_modifier=".cg")
@@ -87,7 +89,7 @@ def round_kernel(
         if ROUND == 0:
             kept = tl.zeros((BLOCK,), tl.float32)
             # Without top_p the floor alone decides.
-            end = tl.where(top_p < 1.0, first + SLICE, first)
+            end = tl.where(valid & (top_p < 1.0), first + SLICE, first)
             for begin in range(first, end, BLOCK):
                 token = begin + lane
                 values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
@@ -130,7 +132,7 @@ def round_kernel(
                 most_above = tl.load(bounds + 1, cache_modifier=".cg")
             stays = (candidate >= floor) & ((top_p == 1.0) | (mass_above < most_above))
             if ROUND == 0:
-                refused = (stays == 0) & (top > float("-inf")) & (top < float("inf"))
+                refused = valid & (stays == 0)
                 if refused:
                     tl.store(words + CHOSEN, chosen)
                     tl.store(words + STATUS, REFUSED)
