@@ -39,7 +39,7 @@ class SamplingLaunch:
 
     rounds: int = 3
     """Candidates after the first that all processors look for together, less than :data:`QUEUES`."""
-    round_programs: int = 1056
+    round_programs: int = 528
     """Programs of a round at most; they share the slices of the rows that it has."""
     block: int = 2048
     """Logits that a program reads at once."""
