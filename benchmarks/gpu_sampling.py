@@ -48,9 +48,9 @@ KINDS: dict[str, dict[str, Any]] = {
 SHAPES = ((256, 1.0), (256, 4.0), (32, 1.0), (32, 4.0), (1, 1.0), (1, 4.0))
 """Rows, and the standard deviation of their logits."""
 CHANGES = (
-    "rounds=0", "rounds=1", "rounds=2", "overlap=0", "kept_keys=0", "block=1024", "block=4096", "round_programs=264",
-    "round_programs=1056", "round_programs=2112", "choose_warps=8", "choose_warps=16", "block=1024,kept_keys=0",
-    "block=1024,choose_warps=16",
+    "rounds=0", "rounds=1", "rounds=2", "overlap=0", "block=512", "block=2048", "wide=2048", "wide=4096",
+    "wide=8192", "first_programs=528", "first_programs=2112", "first_programs=4096", "round_programs=264",
+    "round_programs=1056", "choose_warps=16",
 )  # fmt: skip
 LIMITS = Limits(max_rows=256, max_tokens=256, max_model_len=1024, block_size=64, num_blocks=8, vocab_size=VOCAB)
 HISTORY = 512

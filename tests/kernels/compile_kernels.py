@@ -239,19 +239,19 @@ def step_cases(arch: str) -> Iterator[Case]:
         "vocab:i32 history_stride:i32 bit_words:i32",
         {"QUEUES": 4, "BLOCK": 1024},
     )
-    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 2048, "KEPT_KEYS": True}
+    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 1024}
     yield Case(
         "slices",
         sample.slices_kernel,
-        "logits:*fp32 token_keys:*i32 slices:*fp32 slice_ids:*i32 row_words:*i32 queued:*i32 queue:*i32 "
+        "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 queued:*i32 queue:*i32 "
         f"group_tops:*fp32 {rows} vocab:i32",
-        {"GROUP": 128, **sliced},
+        {"GROUP": 128, "WIDE": 1024, **sliced},
     )
     for number, name in ((0, "check"), (1, "round"), (3, "last round")):
         yield Case(
             name,
             rounds.round_kernel,
-            "logits:*fp32 token_keys:*i32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
+            "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
             f"queue:*i32 {rows} vocab:i32 num_slices:i32",
             {"ROUND": number, "LAST": 3, "SLICES": 16, **sliced},
         )

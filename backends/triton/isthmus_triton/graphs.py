@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -17,15 +16,11 @@ T = TypeVar("T")
 
 
 class _Replay(Generic[T]):
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: T, instantiated: Future[None]) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: T) -> None:
         self._graph = graph
         self._output = output
-        self._instantiated: Future[None] | None = instantiated
 
     def replay(self, num_tokens: int) -> T:
-        if self._instantiated is not None:
-            self._instantiated.result()
-            self._instantiated = None
         self._graph.replay()
         return self._output
 
@@ -39,7 +34,6 @@ class StreamGraphs:
     another.
     ``torch.cuda.graph`` would synchronise, collect garbage and empty the caches for every capture;
     here the collector is held off instead, since it might free device memory in mid-capture.
-    What was captured is made executable on a thread of its own, while the next one is captured.
     """
 
     def __init__(self, device: torch.device, reason: str | None = None) -> None:
@@ -48,7 +42,6 @@ class StreamGraphs:
         self._pool: Any = None
         self._live: WeakSet[_Replay[Any]] = WeakSet()
         self._stream = torch.cuda.Stream(device)
-        self._instantiating = ThreadPoolExecutor(1, thread_name_prefix="isthmus-graphs")
 
     def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
         if self._reason is not None:
@@ -57,7 +50,7 @@ class StreamGraphs:
         self._stream.wait_stream(current)
         if not self._live:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -71,10 +64,6 @@ class StreamGraphs:
             if collecting:
                 gc.enable()
         current.wait_stream(self._stream)
-        replay = _Replay(graph, output, self._instantiating.submit(self._instantiate, graph))
+        replay = _Replay(graph, output)
         self._live.add(replay)
         return replay
-
-    def _instantiate(self, graph: torch.cuda.CUDAGraph) -> None:
-        torch.cuda.set_device(self._device)  # threads begin at the first device
-        graph.instantiate()

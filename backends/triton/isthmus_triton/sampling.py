@@ -11,7 +11,6 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
-from isthmus.reference.noise import token_keys
 from isthmus_triton.ahead import CompileAhead, Launch, listing
 from isthmus_triton.inputs import history_width
 from isthmus_triton.kernels.adjust import adjust_kernel
@@ -41,10 +40,12 @@ class SamplingLaunch:
     """Candidates after the first that all processors look for together, less than :data:`QUEUES`."""
     round_programs: int = 528
     """Programs of a round at most; they share the slices of the rows that it has."""
-    block: int = 2048
-    """Logits that a program reads at once."""
-    kept_keys: bool = True
-    """Whether the tokens' part of the noise is read, or made each time."""
+    first_programs: int = 1056
+    """As of the check of the first candidates, which has more rows."""
+    block: int = 1024
+    """Logits that a program perturbs at once."""
+    wide: int = 1024
+    """Logits of a greedy row that a program reads at once."""
 
     def __post_init__(self) -> None:
         assert self.rounds < QUEUES, f"{self.rounds} rounds need more than {QUEUES} queues"
@@ -60,7 +61,6 @@ class RowStates:
     parameters: Tensor  # int64 [max_rows + 1, WIDTH]
     seen_bits: Tensor  # int32 [max_rows, bit words], zero between steps
     vocab_size: int
-    token_keys: Tensor  # int32 [vocab]
     extras: dict[int, Tensor] = field(default_factory=dict)
     """Lists of rows that have any; the rows' parameters hold their addresses."""
 
@@ -90,8 +90,7 @@ class TritonSampling:
     def allocate(self, limits: Limits) -> RowStates:
         rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)
         bits = torch.zeros(limits.max_rows, bit_words(limits.vocab_size), dtype=torch.int32, device=self._device)
-        keys = token_keys(torch.arange(limits.vocab_size, dtype=torch.int32, device=self._device))
-        state = RowStates(rows, bits, limits.vocab_size, keys)
+        state = RowStates(rows, bits, limits.vocab_size)
         self._compile(state, limits)
         return state
 
@@ -160,9 +159,9 @@ class TritonSampling:
             logits, invalid_before, *rows_at, history, device.num_prompt_tokens, bits, queued, vocab,
             history.stride(0), bits.stride(0),
         )  # fmt: skip
-        cut = (logits, state.token_keys, slices, ids, words, queued, queue, group_tops, *rows_at, vocab)
+        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, vocab)
         rounds = (
-            logits, state.token_keys, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices
+            logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices
         )  # fmt: skip
         choose = (
             logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
@@ -170,8 +169,7 @@ class TritonSampling:
         )  # fmt: skip
         overlap = {"OVERLAP": self._overlap, **overlapping(self._overlap)}
         padded = power_of_two(num_slices)
-        sizes = {"SLICE": SLICE, "BLOCK": how.block, "KEPT_KEYS": how.kept_keys, "QUEUES": QUEUES, "num_warps": 4}
-        sizes |= overlap
+        sizes = {"SLICE": SLICE, "BLOCK": how.block, "QUEUES": QUEUES, "num_warps": 4, **overlap}
         round_sizes = {"LAST": how.rounds, "SLICES": padded, "AWAIT_STORES": self._await_stores, **sizes}
         choose_sizes = {
             "SLICES": padded,
@@ -183,11 +181,11 @@ class TritonSampling:
         every = samples * num_slices
         return [
             Launch(adjust_kernel, (samples,), adjust, {"QUEUES": QUEUES, "BLOCK": 1024, "num_warps": 4, **overlap}),
-            Launch(slices_kernel, (samples, num_slices), cut, {"GROUP": GROUP, **sizes}),
+            Launch(slices_kernel, (samples, num_slices), cut, {"GROUP": GROUP, "WIDE": how.wide, **sizes}),
             *(
                 Launch(
                     round_kernel,
-                    (min(every, how.round_programs) if number else every,),
+                    (min(every, how.round_programs if number else how.first_programs),),
                     rounds,
                     {"ROUND": number, **round_sizes},
                 )

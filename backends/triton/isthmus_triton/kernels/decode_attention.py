@@ -27,6 +27,8 @@ from isthmus_triton.launch import DecodeLaunch
 from isthmus_triton.sizes import power_of_two
 
 LOWEST = tl.constexpr(-1e30)
+FEW_PARTS = tl.constexpr(8)
+"""Partial results that are merged one after another, for all query rows at once."""
 LOG2E: float = 1.4426950408889634
 MERGED_AT_ONCE: Final = 16384
 """Numbers of partial results that are merged together: 128 registers a thread of four warps."""
@@ -272,12 +274,32 @@ def decode_kernel(
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
             if arrived == parts - 1:
                 starts_within = begin % per_program != 0
-                for one in range(length):
-                    out_row = (first_token + one) * heads + head * GROUP
-                    merge_token(
-                        partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
-                        one * GROUP, out_row, GROUP, GROUP_TILE, HEAD_DIM, DIM, ROWS, MANY,
-                    )  # fmt: skip
+                if parts <= FEW_PARTS:
+                    acc = tl.zeros((ROWS, DIM), tl.float32)
+                    top = tl.full((ROWS,), LOWEST, tl.float32)
+                    total = tl.zeros((ROWS,), tl.float32)
+                    for index in tl.range(0, parts, loop_unroll_factor=4):
+                        slot = 2 * (first_program + index) + tl.where((index == 0) & starts_within, 1, 0)
+                        part = slot.to(tl.int64) * ROWS + row
+                        places = part[:, None] * DIM + dim[None, :]
+                        other_top = tl.load(partial_max + part, mask=row_ok, other=LOWEST, cache_modifier=".cg")
+                        other_total = tl.load(partial_sum + part, mask=row_ok, other=0.0, cache_modifier=".cg")
+                        other = tl.load(partial_out + places, mask=row_mask, other=0.0, cache_modifier=".cg")
+                        new_top = tl.maximum(top, other_top)
+                        mine = tl.exp2(top - new_top)
+                        theirs = tl.exp2(other_top - new_top)
+                        acc = acc * mine[:, None] + other * theirs[:, None]
+                        total = total * mine + other_total * theirs
+                        top = new_top
+                    result = acc / tl.maximum(total, 1e-30)[:, None]
+                    tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
+                else:
+                    for one in range(length):
+                        out_row = (first_token + one) * heads + head * GROUP
+                        merge_token(
+                            partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
+                            one * GROUP, out_row, GROUP, GROUP_TILE, HEAD_DIM, DIM, ROWS, MANY,
+                        )  # fmt: skip
                 tl.store(arrivals + first_program, 0)
 
         left -= count

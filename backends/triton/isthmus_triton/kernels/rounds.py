@@ -28,7 +28,6 @@ from isthmus_triton.kernels.sample import (
     STATUS,
     inverse_temperature,
     lowest_at,
-    perturbed_bits,
     raise_best,
     row_best,
 )
@@ -37,7 +36,6 @@ from isthmus_triton.kernels.sample import (
 @triton.jit
 def round_kernel(
     logits,
-    token_keys,
     slices,
     slice_ids,
     row_words,
@@ -56,7 +54,6 @@ def round_kernel(
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
-    KEPT_KEYS: tl.constexpr,
     AWAIT_STORES: tl.constexpr = False,
     OVERLAP: tl.constexpr = False,
 ):
@@ -107,8 +104,7 @@ def round_kernel(
                 values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
                 values = tl.where((values >= floor) & (values > candidate), values, float("-inf"))
                 above += tl.exp(values - top)
-                bits = perturbed_bits(key, token_keys, token, vocab, KEPT_KEYS)
-                best, best_id = raise_best(best, best_id, values, bits, token)
+                best, best_id = raise_best(best, best_id, values, key, token)
             tl.store(slices + at * SLICE_NUMBERS + KEPT_OR_SCORE, best)
             tl.store(slice_ids + at * 2 + 1, best_id)
         tl.store(slices + at * SLICE_NUMBERS + ABOVE, tl.sum(above, 0))

@@ -63,22 +63,13 @@ def lowest_at(values, best, tokens):
 
 
 @triton.jit
-def perturbed_bits(key, token_keys, token, vocab, KEPT_KEYS: tl.constexpr):
-    """The hash that a token's noise is made of."""
-    if KEPT_KEYS:
-        own = tl.load(token_keys + token, mask=token < vocab, other=0).to(tl.uint32, bitcast=True)
-    else:
-        own = token_key(token)
-    return fmix32(key ^ own)
-
-
-@triton.jit
-def raise_best(best, best_id, values, bits, token):
+def raise_best(best, best_id, values, key, token):
     """The larger of ``best`` and a block's largest perturbed token, and its id; a block where all are -inf has none.
 
     Noise takes two logarithms, and is at most ``-log(bits * 2**-32)``: most blocks have no token that
     this bound does not rule out already, by one exponential.  It is raised by more than roundings.
     """
+    bits = fmix32(key ^ token_key(token))
     finite = tl.minimum(tl.maximum(best, -1e38), 1e38)
     bound = tl.exp2(tl.minimum((values - finite) * 1.4426950408889634 + 32.001, 64.0))
     if tl.max((bits.to(tl.float32) <= bound).to(tl.int32), 0) != 0:
@@ -93,7 +84,6 @@ def raise_best(best, best_id, values, bits, token):
 @triton.jit
 def slices_kernel(
     logits,  # float32 [samples, vocab]
-    token_keys,  # int32 [vocab]: their part of the noise's hash
     slices,  # float32 [samples, slices, SLICE_NUMBERS]
     slice_ids,  # int32 [samples, slices, 2]: the token of SCORE, the one of a round's
     row_words,  # int32 [samples, ROW_WORDS], void
@@ -109,7 +99,7 @@ def slices_kernel(
     SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    KEPT_KEYS: tl.constexpr,
+    WIDE: tl.constexpr,
     OVERLAP: tl.constexpr = False,
 ):
     """The best token of each slice of each row: the likeliest, or the largest perturbed one."""
@@ -135,14 +125,19 @@ def slices_kernel(
         tl.store(words + ARRIVALS, 0)
         tl.store(words + COLLECTED, 0)
     if temperature == 0.0:
-        for begin in range(first, end, BLOCK):
-            token = begin + lane
+        wide = tl.arange(0, WIDE)
+        highest = tl.full((WIDE,), float("-inf"), tl.float32)
+        highest_at = tl.zeros((WIDE,), tl.int32) + first
+        wrong = tl.zeros((WIDE,), tl.int32)
+        for begin in range(first, end, WIDE):
+            token = begin + wide
             values = tl.load(x + token, mask=token < end, other=float("-inf"))
-            bad = tl.maximum(bad, is_bad(values))
-            here = tl.max(values, 0)
-            here_id = lowest_at(values, here, token)
-            best_id = tl.where(here > best, here_id, best_id)
-            best = tl.maximum(best, here)
+            wrong = wrong | (values != values).to(tl.int32)
+            highest_at = tl.where(values > highest, token, highest_at)
+            highest = tl.where(values > highest, values, highest)
+        best = tl.max(highest, 0)
+        best_id = lowest_at(highest, best, highest_at)
+        bad = tl.max(wrong, 0)
         top = best
     else:
         inverse = inverse_temperature(row_parameters, row)
@@ -154,8 +149,7 @@ def slices_kernel(
             token = begin + lane
             values = tl.load(x + token, mask=token < end, other=float("-inf")) * inverse
             tops = tl.maximum(tops, values, propagate_nan=tl.PropagateNan.ALL)
-            bits = perturbed_bits(key, token_keys, token, vocab, KEPT_KEYS)
-            best, best_id = raise_best(best, best_id, values, bits, token)
+            best, best_id = raise_best(best, best_id, values, key, token)
             if top_k > 0:
                 groups: tl.constexpr = BLOCK // GROUP
                 group = at * (SLICE // GROUP) + (begin - first) // GROUP + tl.arange(0, groups)
