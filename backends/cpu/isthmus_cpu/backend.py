@@ -12,12 +12,10 @@ from isthmus.contract import (
     Attention,
     Backend,
     Capabilities,
-    Collectives,
     DeviceInfo,
     Graphs,
     GraphScope,
     Inputs,
-    Memory,
     Ops,
     Sampling,
 )
@@ -69,6 +67,8 @@ _CPU = torch.device("cpu")
 class CpuBackend:
     """:class:`isthmus.contract.Backend` of the machine's own cores.  Steps run on one worker thread."""
 
+    name = "cpu"
+
     def __init__(
         self,
         device: DeviceInfo,
@@ -82,63 +82,23 @@ class CpuBackend:
         graphs: Graphs,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._device = device
-        self._capabilities = capabilities
+        self.device = device
+        self.capabilities = capabilities
         self._providers = providers
-        self._ops = ops
-        self._attention = attention
-        self._sampling = sampling
-        self._inputs = inputs
-        self._graphs = graphs
+        self.ops = ops
+        self.attention = attention
+        self.sampling = sampling
+        self.inputs = inputs
+        self.graphs = graphs
         self._on_close = on_close
-        self._memory = HostMemory()
-        self._collectives = ReferenceCollectives()
-
-    @property
-    def name(self) -> str:
-        return "cpu"
-
-    @property
-    def device(self) -> DeviceInfo:
-        return self._device
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    @property
-    def attention(self) -> Attention:
-        return self._attention
-
-    @property
-    def ops(self) -> Ops:
-        return self._ops
-
-    @property
-    def sampling(self) -> Sampling:
-        return self._sampling
-
-    @property
-    def inputs(self) -> Inputs:
-        return self._inputs
-
-    @property
-    def graphs(self) -> Graphs:
-        return self._graphs
-
-    @property
-    def memory(self) -> Memory:
-        return self._memory
-
-    @property
-    def collectives(self) -> Collectives:
-        return self._collectives
+        self.memory = HostMemory()
+        self.collectives = ReferenceCollectives()
 
     def providers(self) -> dict[str, str]:
         return dict(self._providers)
 
     def close(self) -> None:
-        self._memory.close()
+        self.memory.close()
         self._on_close()
 
 

@@ -49,70 +49,32 @@ def capabilities_of(capability: tuple[int, int]) -> Capabilities:
 class CudaBackend:
     """:class:`isthmus.contract.Backend` of one CUDA device."""
 
+    name = "cuda"
+
     def __init__(self, info: DeviceInfo, flash: str = "auto") -> None:
-        self._info = info
+        self.device = info
         device = torch.device("cuda", info.index)
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)
         self._arch = f"sm_{properties.major}{properties.minor}"
-        self._capabilities = capabilities_of((properties.major, properties.minor))
-        eight_bits = "float8_e4m3fn" in self._capabilities.kv_dtypes
+        self.capabilities = capabilities_of((properties.major, properties.minor))
+        eight_bits = "float8_e4m3fn" in self.capabilities.kv_dtypes
         table = launch_table(self._arch)
-        self._memory = StreamMemory(device)
+        self.memory = StreamMemory(device)
         units = properties.multi_processor_count
         # One for all parts: whichever is launched first waits for everything begun.
         ahead = CompileAhead(device)
         self._flash = find_flash(self._arch, flash)
-        self._attention = (
+        self.attention = (
             TritonAttention(device, table, units, eight_bit_cache=eight_bits, ahead=ahead)
             if self._flash.function is None
             else FlashAttention(device, table, units, self._flash.function, eight_bit_cache=eight_bits, ahead=ahead)
         )
-        self._ops = TritonOps(device, table, ahead=ahead)
-        self._sampling = TritonSampling(device, table, ahead)
-        self._inputs = TritonInputs(device, ahead)
-        self._graphs = StreamGraphs(device)
-        self._collectives = ReferenceCollectives()
-
-    @property
-    def name(self) -> str:
-        return "cuda"
-
-    @property
-    def device(self) -> DeviceInfo:
-        return self._info
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    @property
-    def attention(self) -> TritonAttention:
-        return self._attention
-
-    @property
-    def ops(self) -> TritonOps:
-        return self._ops
-
-    @property
-    def sampling(self) -> TritonSampling:
-        return self._sampling
-
-    @property
-    def inputs(self) -> TritonInputs:
-        return self._inputs
-
-    @property
-    def graphs(self) -> StreamGraphs:
-        return self._graphs
-
-    @property
-    def memory(self) -> StreamMemory:
-        return self._memory
-
-    @property
-    def collectives(self) -> ReferenceCollectives:
-        return self._collectives
+        self.ops = TritonOps(device, table, ahead=ahead)
+        self.sampling = TritonSampling(device, table, ahead)
+        self.inputs = TritonInputs(device, ahead)
+        self.graphs = StreamGraphs(device)
+        self.collectives = ReferenceCollectives()
 
     def providers(self) -> dict[str, str]:
         table = "its own table" if self._arch in TABLES else "the table of small tiles: none was measured for it"

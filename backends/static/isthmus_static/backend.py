@@ -47,59 +47,20 @@ class StaticBackend:
     def __init__(self, target: Target) -> None:
         where = target.torch_device
         self._target = target
-        self._programs = target.programs or Programs(target.compiler)
-        self._memory = target.memory or StaticMemory(where)
-        self._ops = target.ops or StaticOps(where)
-        self._inputs = StaticInputs(where, target.layout, self._programs)
-        self._attention = StaticAttention(
+        self.name, self.device, self.capabilities = target.name, target.device, target.capabilities
+        self.graphs = target.programs or Programs(target.compiler)
+        self.memory = target.memory or StaticMemory(where)
+        self.ops = target.ops or StaticOps(where)
+        self.inputs = StaticInputs(where, target.layout, self.graphs)
+        self.attention = StaticAttention(
             where,
-            self._inputs,
+            self.inputs,
             target.layout,
             slot_multiple=target.slot_multiple,
             allocates_late=target.allocates_late,
         )
-        self._sampling = StaticSampling(where, self._inputs, self._programs)
-        self._collectives = ReferenceCollectives()
-
-    @property
-    def name(self) -> str:
-        return self._target.name
-
-    @property
-    def device(self) -> DeviceInfo:
-        return self._target.device
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._target.capabilities
-
-    @property
-    def attention(self) -> StaticAttention:
-        return self._attention
-
-    @property
-    def ops(self) -> StaticOps:
-        return self._ops
-
-    @property
-    def sampling(self) -> StaticSampling:
-        return self._sampling
-
-    @property
-    def inputs(self) -> StaticInputs:
-        return self._inputs
-
-    @property
-    def graphs(self) -> Programs:
-        return self._programs
-
-    @property
-    def memory(self) -> Memory:
-        return self._memory
-
-    @property
-    def collectives(self) -> ReferenceCollectives:
-        return self._collectives
+        self.sampling = StaticSampling(where, self.inputs, self.graphs)
+        self.collectives = ReferenceCollectives()
 
     def providers(self) -> dict[str, str]:
         return {

@@ -7,7 +7,6 @@ import torch
 from isthmus.contract import (
     Attention,
     Capabilities,
-    Collectives,
     DeviceInfo,
     Graphs,
     Inputs,
@@ -54,68 +53,28 @@ class ReferenceBackend:
         memory: Memory | None = None,
     ) -> None:
         where = torch.device(device)
-        self._name = name
-        self._capabilities = capabilities
+        self.name = name
+        self.capabilities = capabilities
         self._own_memory = ReferenceMemory(where, asynchronous=asynchronous) if memory is None else None
-        self._memory: Memory = memory or self._own_memory  # type: ignore[assignment]  # one of the two is set
-        self._attention = attention or ReferenceAttention(where)
-        self._ops = ops or ReferenceOps(where)
-        self._sampling = sampling or ReferenceSampling(where)
-        self._inputs = inputs or ReferenceInputs(where)
-        self._graphs = graphs or ReferenceGraphs()
-        self._collectives = ReferenceCollectives()
-        self._device = DeviceInfo(
-            backend=name, index=where.index or 0, name=str(where), memory_bytes=self._memory.total_bytes()
+        self.memory: Memory = memory or self._own_memory  # type: ignore[assignment]  # one of the two is set
+        self.attention = attention or ReferenceAttention(where)
+        self.ops = ops or ReferenceOps(where)
+        self.sampling = sampling or ReferenceSampling(where)
+        self.inputs = inputs or ReferenceInputs(where)
+        self.graphs = graphs or ReferenceGraphs()
+        self.collectives = ReferenceCollectives()
+        self.device = DeviceInfo(
+            backend=name, index=where.index or 0, name=str(where), memory_bytes=self.memory.total_bytes()
         )
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def device(self) -> DeviceInfo:
-        return self._device
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    @property
-    def attention(self) -> Attention:
-        return self._attention
-
-    @property
-    def ops(self) -> Ops:
-        return self._ops
-
-    @property
-    def sampling(self) -> Sampling:
-        return self._sampling
-
-    @property
-    def inputs(self) -> Inputs:
-        return self._inputs
-
-    @property
-    def graphs(self) -> Graphs:
-        return self._graphs
-
-    @property
-    def memory(self) -> Memory:
-        return self._memory
-
-    @property
-    def collectives(self) -> Collectives:
-        return self._collectives
 
     def providers(self) -> dict[str, str]:
         parts = {
-            "attention": self._attention,
-            "ops": self._ops,
-            "sampling": self._sampling,
-            "inputs": self._inputs,
-            "graphs": self._graphs,
-            "memory": self._memory,
+            "attention": self.attention,
+            "ops": self.ops,
+            "sampling": self.sampling,
+            "inputs": self.inputs,
+            "graphs": self.graphs,
+            "memory": self.memory,
         }
         return {part: type(implementation).__name__ for part, implementation in parts.items()}
 
