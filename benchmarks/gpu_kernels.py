@@ -26,8 +26,7 @@ import numpy as np
 import torch
 
 from isthmus.contract import AttentionSpec, Limits, RotarySpec, StepInputs, StepShape
-from isthmus.plan import RowStart, StepPlan
-from isthmus.sampling_params import RowSampling
+from isthmus.plan import StepPlan
 from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.attention import TritonAttention
 from isthmus_triton.inputs import TritonInputs
@@ -42,7 +41,6 @@ from isthmus_triton.launch import (
     VectorLinear,
     launch_table,
 )
-from isthmus_triton.sampling import TritonSampling
 
 LAYER = AttentionSpec(heads=32, kv_heads=8, head_dim=128, scale=128**-0.5)
 WEIGHTS = {
@@ -330,53 +328,6 @@ def _launched(name: str, rows: int, launch: VectorLinear | SplitLinear, scratch:
     )
 
 
-def sampling_cases(best: bool) -> Iterator[Case]:
-    kinds = {
-        "greedy": {},
-        "temperature": {"temperature": 1.0},
-        "top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
-        "top_k 50": {"temperature": 1.0, "top_k": 50},
-        "top_k 50 top_p 0.9": {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
-        "repetition": {"repetition_penalty": 1.1},
-    }
-    for name, parameters in kinds.items():
-        for batch, spread in ((256, 1.0), (256, 4.0), (1, 4.0)):
-
-            def make(
-                small: bool, parameters: dict[str, Any] = parameters, batch: int = batch, spread: float = spread
-            ) -> Timed:
-                count = 1 if small else batch
-                limits = Limits(
-                    max_rows=256, max_tokens=256, max_model_len=1024, block_size=64, num_blocks=8, vocab_size=VOCAB
-                )
-                inputs, sampling = TritonInputs(device()), TritonSampling(device())
-                state, rows = inputs.allocate(limits), sampling.allocate(limits)
-                prompt = np.random.default_rng(0).integers(0, VOCAB, 512).astype(np.int32)
-                starts = tuple(
-                    RowStart(
-                        row=row,
-                        tokens=prompt,
-                        num_prompt_tokens=256,
-                        sampling=RowSampling(max_tokens=9, seed=row, **parameters),
-                    )
-                    for row in range(count)
-                )
-                each = np.ones(count, np.int32)
-                plan = StepPlan(
-                    step=0, starts=starts, span_rows=np.arange(count, dtype=np.int32), span_starts=each * 511,
-                    span_lengths=each, span_samples=np.ones(count, np.bool_),
-                )  # fmt: skip
-                inputs.upload(plan, state)
-                sampling.apply(rows, plan)
-                built = inputs.build(state, StepShape(count, count, count))
-                copies = [random(count, VOCAB, dtype=torch.float32, scale=spread) for _ in range(2 if batch > 1 else 8)]
-                return Timed(
-                    [lambda x=x: sampling.sample(x, built, state, rows, -1) for x in copies], bytes=4.0 * batch * VOCAB
-                )
-
-            yield Case("sampling", name, {"batch": batch, "spread": spread}, make, "sampling")
-
-
 def fused_cases(best: bool) -> Iterator[Case]:
     for tokens in (1, 32, 256, 8192):
 
@@ -412,7 +363,6 @@ GROUPS = {
     "decode": decode_cases,
     "prefill": prefill_cases,
     "linear": linear_cases,
-    "sampling": sampling_cases,
     "fused": fused_cases,
 }
 

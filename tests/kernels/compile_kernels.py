@@ -202,8 +202,7 @@ def expert_cases(arch: str) -> Iterator[Case]:
             {"TOP_K": 10, "CHOICES": 16, "EXPERTS": 512, "RENORMALIZE": True},
             1,
         )
-        launches = experts.FLOAT32 if dtype == "fp32" else experts.LARGE if arch == "sm_90" else experts.SMALL
-        for launch in launches:
+        for launch in launch_table(arch).experts_in(4 if dtype == "fp32" else 2):
             for gated in (True, False):
                 yield Case(
                     f"expert linear {dtype} rows={launch.row_tile}{' gated' if gated else ''}",

@@ -37,6 +37,7 @@ from triton.runtime.jit import JITFunction
 
 from isthmus.contract import AttentionSpec, DeviceState, Limits, QkNorm, RotarySpec, StepInputs, StepShape
 from isthmus.plan import RowStart, StepPlan
+from isthmus.reference.ops import ExpertWeights
 from isthmus.sampling_params import RowSampling
 from isthmus_rocm.targets import TARGETS, Target
 from isthmus_triton.ahead import CompileAhead
@@ -318,6 +319,18 @@ def layer_arithmetic(ahead: AheadOfTime, target: Target, dtypes: tuple[torch.dty
                 ops.take_rows(x, index)
 
 
+def experts(ahead: AheadOfTime, target: Target, dtypes: tuple[torch.dtype, ...]) -> None:
+    ops = TritonOps(META, target.launch)
+    for dtype in dtypes:
+        for experts, top_k, hidden, inner in ((8, 2, 4096, 14336), (128, 8, 2048, 768)):
+            for tokens in (1, 1024):
+                with ahead.case(f"{experts} experts {str(dtype).removeprefix('torch.')}, {tokens} tokens"):
+                    x, router = (torch.empty(tokens, size, dtype=dtype, device=META) for size in (hidden, experts))
+                    gate_up = torch.empty(experts, 2 * inner, hidden, dtype=dtype, device=META)
+                    weights = ExpertWeights(gate_up, torch.empty(experts, hidden, inner, dtype=dtype, device=META))
+                    ops.experts(x, router, weights, top_k=top_k, renormalize=True, activation="silu")
+
+
 def on_cdna(target: Target) -> bool:
     """Where a barrier awaits no stores."""
     return target.wavefront == 64
@@ -395,6 +408,7 @@ def compile_target(name: str, quick: bool) -> int:
             attention(ahead, target, UNITS[name], shape, steps)
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
     layer_arithmetic(ahead, target, dtypes)
+    experts(ahead, target, dtypes)
     products(ahead, target, dtypes)
     step_preparation(ahead)
     sampling(ahead, target, (128_256,) if quick else (49_152, 128_256, 262_144))

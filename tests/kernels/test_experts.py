@@ -13,7 +13,6 @@ from isthmus.reference import ReferenceOps
 from isthmus_triton.ahead import CompileAhead, Launch, listing
 from isthmus_triton.kernels.experts import (
     expert_launch_for,
-    expert_launches,
     expert_linear_kernel,
     route,
     row_tiles_of,
@@ -109,12 +108,13 @@ def test_no_tokens(ours: TritonOps, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [23, 90, 250])
 def test_several_tiles_of_an_expert_and_none_of_another(
-    ours: TritonOps, device: torch.device, dtype: torch.dtype, tokens: int
+    ours: TritonOps, device: torch.device, arch: str, dtype: torch.dtype, tokens: int
 ) -> None:
     case = mixture(device, dtype, tokens=tokens, hidden=72, inner=136)
     case.router[:, 1] += 20
     case.router[:, 4] -= 100
-    assert expert_launch_for(2 * tokens, 6, dtype, device).row_tile < tokens
+    launches = launch_table(arch).experts_in(dtype.itemsize)
+    assert expert_launch_for(2 * tokens, 6, launches).row_tile < tokens
     case.check(case.mix(ours))
 
 
@@ -221,4 +221,4 @@ def test_products_are_compiled_ahead(device: torch.device, arch: str, dtype: tor
         assert len(products) == 2
         for product in products:
             assert product.options in [launch.options for launch in ahead.launches]
-    assert len(ahead.launches) == 3 * 2 * len(expert_launches(dtype, device))
+    assert len(ahead.launches) == 3 * 2 * len(launch_table(arch).experts_in(dtype.itemsize))

@@ -60,7 +60,7 @@ class RocmBackend:
             "linear": f"hipBLASLt or rocBLAS, as torch chooses; logits are {logits}",
             "norm, rotary, activation, embedding": "Triton kernels",
             "experts": "Triton kernels",
-            "sampling": "Triton kernels; log-probabilities by torch",
+            "sampling": "Triton kernels",
             "inputs": "Triton kernels",
             "graphs": "HIP graphs of whole decode steps",
         }

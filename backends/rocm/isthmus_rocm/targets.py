@@ -8,10 +8,10 @@ AMD's instruction set documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from isthmus_triton.launch import DecodeLaunch, LaunchTable, PrefillLaunch
+from isthmus_triton.launch import EXPERTS, DecodeLaunch, LaunchTable, PrefillLaunch
 
 KIB: Final = 1024
 MOST_THREADS: Final = 1024
@@ -86,6 +86,7 @@ RDNA3: Final = LaunchTable(
     choose_warps=32,
     decode=((256, _decode(16, 2, warps=16)),),
     prefill=((256, _prefill(64, 16, 1, 16)),),
+    experts=(EXPERTS[0], replace(EXPERTS[1], warps=8)),
 )
 RDNA4: Final = LaunchTable(
     choose_warps=32,

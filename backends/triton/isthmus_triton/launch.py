@@ -7,6 +7,7 @@ that is what fills shared memory: 256 is a head of 128 in a 16-bit dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -81,12 +82,39 @@ class LinearRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLaunch:
+    """How a product of a mixture of experts is tiled."""
+
+    row_tile: int
+    out_tile: int
+    in_tile: int
+    stages: int
+    warps: int
+    most_pairs: float = math.inf
+    """Tokens for each expert, on average, up to which this launch is taken."""
+
+
+EXPERTS: Final = (
+    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=64, in_tile=64, stages=3, warps=4),
+    ExpertLaunch(row_tile=64, out_tile=64, in_tile=64, stages=3, warps=4),
+)
+"""Within 64 KiB of shared memory."""
+FLOAT32_EXPERTS: Final = (
+    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=32, in_tile=32, stages=2, warps=4),
+    ExpertLaunch(row_tile=64, out_tile=32, in_tile=32, stages=2, warps=4),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
     decode: tuple[tuple[int, DecodeLaunch], ...]
     """(largest bytes of a head's row, parameters), ascending; the last is taken beyond it."""
     prefill: tuple[tuple[int, PrefillLaunch], ...]
     linear: tuple[LinearRule, ...] = ()
     """The first rule that covers a product is taken; the matrix library where none does."""
+    experts: tuple[ExpertLaunch, ...] = EXPERTS
+    """Of 16-bit dtypes, in order of their pairs; the last has no bound."""
+    float32_experts: tuple[ExpertLaunch, ...] = FLOAT32_EXPERTS
     share_spans: int = 65
     """Spans from which a step looks for keys that all its short spans share, and reads those once."""
     share_tiles: int = 128
@@ -109,6 +137,9 @@ class LaunchTable:
             if rule.covers(rows, out_features, in_features):
                 return rule.launch
         return None
+
+    def experts_in(self, itemsize: int) -> tuple[ExpertLaunch, ...]:
+        return self.experts if itemsize == 2 else self.float32_experts
 
 
 T = TypeVar("T")
@@ -161,6 +192,12 @@ TABLES: Final[dict[str, LaunchTable]] = {
             (256, PrefillLaunch(query_tile=128, key_tile=64, stages=3, warps=8)),
             (512, PrefillLaunch(query_tile=64, key_tile=32, stages=2, warps=4)),
             (1024, PrefillLaunch(query_tile=32, key_tile=32, stages=1, warps=4)),
+        ),
+        # benchmarks/gpu_experts.py on such a card.
+        experts=(
+            ExpertLaunch(most_pairs=8, row_tile=16, out_tile=64, in_tile=128, stages=4, warps=4),
+            ExpertLaunch(most_pairs=32, row_tile=32, out_tile=64, in_tile=128, stages=3, warps=4),
+            ExpertLaunch(row_tile=128, out_tile=128, in_tile=64, stages=4, warps=8),
         ),
         linear=(
             LinearRule(most_rows=1, launch=VectorLinear(out_tile=4, in_tile=2048, warps=4)),

@@ -12,7 +12,7 @@ from isthmus.reference import DenseLinear, ReferenceOps
 from isthmus.reference.ops import ExpertWeights
 from isthmus_triton.ahead import CompileAhead, listing
 from isthmus_triton.kernels.elementwise import gated_activation, gather_rows
-from isthmus_triton.kernels.experts import Routing, expert_launches, expert_linear_launch, mix_experts
+from isthmus_triton.kernels.experts import Routing, expert_linear_launch, mix_experts
 from isthmus_triton.kernels.linear import (
     LinearScratch,
     padded_rows,
@@ -84,7 +84,7 @@ class TritonOps(ReferenceOps):
             routing = Routing(torch.zeros(2, 2, device=self._device), x.int(), x.int())
             self._ahead.begin([
                 expert_linear_launch(x, weight, x, routing, launch, activation, self._table.overlap)
-                for launch in expert_launches(x.dtype, self._device)
+                for launch in self._table.experts_in(x.itemsize)
                 for weight, activation in ((weights.gate_up, "silu"), (weights.down, ""))
             ])  # fmt: skip
         return weights
@@ -175,5 +175,6 @@ class TritonOps(ReferenceOps):
             top_k=top_k,
             renormalize=renormalize,
             activation=activation,
+            launches=self._table.experts_in(x.itemsize),
             overlap=self._table.overlap,
         )

@@ -18,6 +18,18 @@ MOST_APART: Final = 512
 
 
 @triton.jit
+def activated(x, SILU: tl.constexpr):
+    """SiLU, or GELU by its tanh, of float32."""
+    if SILU:
+        y = x / (1.0 + tl.exp(-x))
+    else:
+        # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = x / (1.0 + tl.exp(-2.0 * u))
+    return y
+
+
+@triton.jit
 def gated_activation_kernel(
     gate_up,  # [tokens, 2 * inner]
     out,  # [tokens, inner], rows out_stride apart; may be the first half of gate_up
@@ -34,15 +46,8 @@ def gated_activation_kernel(
     let_next_begin(OVERLAP)
     gate = tl.load(gate_up + token * 2 * inner + column, mask=mask, other=0.0)
     up = tl.load(gate_up + token * 2 * inner + inner + column, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    if SILU:
-        active = wide / (1.0 + tl.exp(-wide))
-    else:
-        # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
-        u = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
-        active = wide / (1.0 + tl.exp(-2.0 * u))
     # Rounded where an unfused activation would round.
-    product = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    product = activated(gate.to(tl.float32), SILU).to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out + token * out_stride + column, product.to(out.dtype.element_ty), mask=mask)
 
 

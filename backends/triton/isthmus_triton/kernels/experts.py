@@ -7,10 +7,8 @@ grids are as large as any routing may need, and a program for which there is no 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Final
 
 import torch
 import triton
@@ -18,38 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from isthmus_triton.ahead import Launch, launching
+from isthmus_triton.kernels.elementwise import activated
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin, overlapping
+from isthmus_triton.launch import ExpertLaunch
 from isthmus_triton.sizes import power_of_two, tiles_of
-
-LARGE_BYTES: Final = 227 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertLaunch:
-    row_tile: int
-    out_tile: int
-    in_tile: int
-    stages: int
-    warps: int
-    most_pairs: float = math.inf
-    """For each expert, on average, up to which this launch is taken."""
-
-
-LARGE: Final = (
-    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=64, in_tile=128, stages=4, warps=4),
-    ExpertLaunch(most_pairs=32, row_tile=32, out_tile=64, in_tile=128, stages=3, warps=4),
-    ExpertLaunch(row_tile=128, out_tile=128, in_tile=64, stages=4, warps=8),
-)
-"""Measured on an H100, for units with its shared memory.  Few pairs an expert: the weights' memory is the bound."""
-SMALL: Final = (
-    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=64, in_tile=64, stages=3, warps=4),
-    ExpertLaunch(row_tile=64, out_tile=64, in_tile=64, stages=3, warps=4),
-)
-"""Within 64 KiB of shared memory on AMD's cards, and on CUDA's before Hopper."""
-FLOAT32: Final = (
-    ExpertLaunch(most_pairs=8, row_tile=16, out_tile=32, in_tile=32, stages=2, warps=4),
-    ExpertLaunch(row_tile=64, out_tile=32, in_tile=32, stages=2, warps=4),
-)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -162,12 +132,7 @@ def expert_linear_kernel(
                 w_up = tl.load(up_base + column[None, :], mask=weight_ok, other=0.0)
                 up = tl.dot(w_up, values, up, input_precision=PRECISION)
         if GATED:
-            if SILU:
-                acc = acc / (1.0 + tl.exp(-acc)) * up
-            else:
-                # x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)
-                u = 0.7978845608028654 * (acc + 0.044715 * acc * acc * acc)
-                acc = acc / (1.0 + tl.exp(-2.0 * u)) * up
+            acc = activated(acc, SILU) * up
         else:
             acc *= tl.load(shares + pair, mask=row_ok, other=0.0)[None, :]
         tl.store(
@@ -228,23 +193,8 @@ def route(router_logits: Tensor, top_k: int, *, renormalize: bool, overlap: bool
     return routing
 
 
-def expert_launches(dtype: torch.dtype, device: torch.device) -> tuple[ExpertLaunch, ...]:
-    """In order of :attr:`ExpertLaunch.most_pairs`; the last has no bound."""
-    if dtype == torch.float32:
-        return FLOAT32
-    return LARGE if _shared_bytes(device) >= LARGE_BYTES else SMALL
-
-
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    """Of a compute unit; 0 where it is not known."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
-def expert_launch_for(pairs: int, experts: int, dtype: torch.dtype, device: torch.device) -> ExpertLaunch:
-    launches = expert_launches(dtype, device)
+def expert_launch_for(pairs: int, experts: int, launches: Sequence[ExpertLaunch]) -> ExpertLaunch:
+    """Of ``launches``, in order of :attr:`ExpertLaunch.most_pairs`; the last has no bound."""
     return next((launch for launch in launches if pairs <= launch.most_pairs * experts), launches[-1])
 
 
@@ -283,7 +233,15 @@ def expert_linear_launch(
     return Launch(expert_linear_kernel, (row_tiles * tiles_of(out_features, launch.out_tile),), arguments, options)
 
 
-def expert_linear(x: Tensor, weight: Tensor, routing: Routing, activation: str, *, overlap: bool = False) -> Tensor:
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    activation: str,
+    launches: Sequence[ExpertLaunch],
+    *,
+    overlap: bool = False,
+) -> Tensor:
     """Each pair's row times its expert's ``weight`` [experts, out, in]: [pairs, out], of contiguous tensors.
 
     With an ``activation``, "silu" or "gelu_tanh": a layer's first product.  ``x`` has a row for each token,
@@ -296,7 +254,7 @@ def expert_linear(x: Tensor, weight: Tensor, routing: Routing, activation: str, 
     pairs = routing.shares.numel()
     experts, out_features, _ = weight.shape
     out = x.new_empty(pairs, out_features // 2 if activation else out_features)
-    launch = expert_launch_for(pairs, experts, x.dtype, x.device)
+    launch = expert_launch_for(pairs, experts, launches)
     expert_linear_launch(x, weight, out, routing, launch, activation, overlap).run()
     return out
 
@@ -321,6 +279,7 @@ def mix_experts(
     top_k: int,
     renormalize: bool,
     activation: str,
+    launches: Sequence[ExpertLaunch],
     overlap: bool = False,
 ) -> Tensor:
     """The ``top_k`` experts of each row of ``x`` [tokens, hidden], weighted by their shares: [tokens, hidden].
@@ -333,6 +292,6 @@ def mix_experts(
     if not x.shape[0]:
         return torch.empty_like(x)
     routing = route(router_logits, top_k, renormalize=renormalize, overlap=overlap)
-    inner = expert_linear(x, gate_up, routing, activation, overlap=overlap)
-    parts = expert_linear(inner, down, routing, "", overlap=overlap)
+    inner = expert_linear(x, gate_up, routing, activation, launches, overlap=overlap)
+    parts = expert_linear(inner, down, routing, "", launches, overlap=overlap)
     return parts if top_k == 1 else combine(parts, top_k, overlap=overlap)
