@@ -78,7 +78,7 @@ def attention_cases(arch: str) -> Iterator[Case]:
                     "SHARED": rows == 16,
                     "ROWS": rows,
                     "GROUP_TILE": 4,
-                    "MANY": decode_attention.MERGED_AT_ONCE // (4 * dim),
+                    "MANY": decode.merged // (4 * dim),
                     "KEY_TILE": decode.key_tile,
                     "STAGES": decode.stages,
                 },

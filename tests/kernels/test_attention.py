@@ -13,7 +13,6 @@ from isthmus.errors import Unsupported
 from isthmus.plan import StepPlan
 from isthmus.reference import ReferenceAttention, ReferenceInputs
 from isthmus_triton.attention import TritonAttention
-from isthmus_triton.kernels import decode_attention
 from isthmus_triton.launch import LaunchTable, launch_table
 
 LIMITS = Limits(max_rows=8, max_tokens=256, max_model_len=320, block_size=16, num_blocks=170, vocab_size=64)
@@ -164,13 +163,12 @@ def test_result_does_not_depend_on_the_grid(device: torch.device, arch: str, uni
     check(Step(device, arch, [(255, 1), (0, 1), (64, 2)], LAYER, torch.float32, LIMITS, units=units))
 
 
-@pytest.mark.parametrize("at_once", [1024, 64])
-def test_merging_of_more_parts_than_are_taken_at_once(
-    device: torch.device, arch: str, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decode_attention, "MERGED_AT_ONCE", at_once)
+@pytest.mark.parametrize("at_once", [1024, 64, 0])
+def test_merging_of_more_parts_than_are_taken_at_once(device: torch.device, arch: str, at_once: int) -> None:
+    table = launch_table(arch)
+    table = replace(table, decode=tuple((most, replace(launch, merged=at_once)) for most, launch in table.decode))
     layer = replace(LAYER, heads=6)
-    check(Step(device, arch, [(300, 1), (200, 2)], layer, torch.float32, LIMITS, units=20))
+    check(Step(device, arch, [(300, 1), (200, 2)], layer, torch.float32, LIMITS, table=table, units=20))
 
 
 def test_verify_spans(device: torch.device, arch: str) -> None:

@@ -42,6 +42,7 @@ def _decode(key_tile: int, stages: int, *, warps: int = 4, await_stores: bool = 
         warps=warps,
         programs_per_unit=2,
         least_tiles=4,
+        merged=0,  # what it takes in registers spills some
         await_stores=await_stores,
         compiler=tuple(compiler.items()),
     )
@@ -63,7 +64,7 @@ CDNA2: Final = LaunchTable(
     choose_warps=16,
     decode=(
         (256, _cdna_decode(64, 2, kpack=2)),
-        (512, _cdna_decode(32, 1, kpack=2)),
+        (512, _cdna_decode(32, 1, kpack=1)),
     ),
     prefill=(
         (256, _prefill(128, 64, 1, 8, waves_per_eu=2, matrix_instr_nonkdim=16)),

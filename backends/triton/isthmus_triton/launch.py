@@ -22,6 +22,9 @@ class DecodeLaunch:
     """Programs in the fixed grid for each compute unit of the device."""
     least_tiles: int = 1
     """Tiles a program takes at least where a span would otherwise be cut into more than a few partial results."""
+    merged: int = 16384
+    """Numbers of many partial results that are merged together: 128 registers a thread of four warps of 32.
+    None: one result after another, however many."""
     compiler: tuple[tuple[str, int], ...] = ()
     """Options that only this architecture's compiler knows, by name."""
     await_stores: bool = False

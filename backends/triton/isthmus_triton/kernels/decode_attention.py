@@ -12,7 +12,6 @@ LeanAttention (Sanovar et al., 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 import triton
@@ -30,8 +29,6 @@ LOWEST = tl.constexpr(-1e30)
 FEW_PARTS = tl.constexpr(8)
 """Partial results that are merged one after another, for all query rows at once."""
 LOG2E: float = 1.4426950408889634
-MERGED_AT_ONCE: Final = 16384
-"""Numbers of partial results that are merged together: 128 registers a thread of four warps."""
 _HEADER = tl.constexpr(HEADER)
 _SHARED_ROWS = tl.constexpr(SHARED_ROWS)
 
@@ -274,7 +271,7 @@ def decode_kernel(
             arrived = tl.atomic_add(arrivals + first_program, 1, sem="acq_rel")
             if arrived == parts - 1:
                 starts_within = begin % per_program != 0
-                if parts <= FEW_PARTS:
+                if (MANY == 0) | (parts <= FEW_PARTS):
                     acc = tl.zeros((ROWS, DIM), tl.float32)
                     top = tl.full((ROWS,), LOWEST, tl.float32)
                     total = tl.zeros((ROWS,), tl.float32)
@@ -294,12 +291,13 @@ def decode_kernel(
                     result = acc / tl.maximum(total, 1e-30)[:, None]
                     tl.store(out + query_at[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=row_mask)
                 else:
-                    for one in range(length):
-                        out_row = (first_token + one) * heads + head * GROUP
-                        merge_token(
-                            partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
-                            one * GROUP, out_row, GROUP, GROUP_TILE, HEAD_DIM, DIM, ROWS, MANY,
-                        )  # fmt: skip
+                    if MANY > 0:
+                        for one in range(length):
+                            out_row = (first_token + one) * heads + head * GROUP
+                            merge_token(
+                                partial_out, partial_max, partial_sum, out, first_program, parts, starts_within,
+                                one * GROUP, out_row, GROUP, GROUP_TILE, HEAD_DIM, DIM, ROWS, MANY,
+                            )  # fmt: skip
                 tl.store(arrivals + first_program, 0)
 
         left -= count
@@ -403,7 +401,7 @@ def decode_attention(
         ROWS=rows_for(group, longest),
         HEAD_DIM=layer.head_dim,
         DIM=dim,
-        MANY=max(1, MERGED_AT_ONCE // (power_of_two(group) * dim)),
+        MANY=max(1, launch.merged // (power_of_two(group) * dim)) if launch.merged else 0,
         BLOCK_SIZE=keys.shape[2],
         KEY_TILE=launch.key_tile,
         STAGES=launch.stages,
