@@ -15,7 +15,7 @@ from isthmus.explain import explain
 from isthmus.reference import REFERENCE_CAPABILITIES
 from isthmus.testing.null import NullBackend
 from isthmus.testing.tiny_model import write_tiny_model
-from isthmus_cpu.backend import CpuBackend
+from isthmus_cpu import backend
 from isthmus_server.cli.app import app
 
 
@@ -57,7 +57,8 @@ def test_downgrades_come_with_their_reasons(model: Path) -> None:
 
 def test_what_will_be_refused_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = dataclasses.replace(REFERENCE_CAPABILITIES, logprobs=False, prompt_logprobs=False)
-    monkeypatch.setattr(CpuBackend, "capabilities", few)
+    for name in ("COMPILED", "PLAIN"):
+        monkeypatch.setattr(backend, name, few)
     monkeypatch.setattr(NullBackend, "capabilities", few)
     for device in ("cpu", "null"):
         notes = explain(options(model, device=device)).downgrades
