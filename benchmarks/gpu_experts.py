@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from gpu_kernels import arch, device, random, times_us
 
 from isthmus.reference import ReferenceOps
 from isthmus_triton.launch import launch_table
@@ -30,18 +31,6 @@ TOKENS = (1, 16, 64, 256, 1024, 8192)
 BYTES_A_SECOND, FLOPS_A_SECOND = 3.03e12, 737e12
 
 
-def times_us(call: Any, repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(round(begin.elapsed_time(end) * 1e3, 1))
-    return sorted(times)
-
-
 def bound_us(shape: tuple[int, int, int, int], tokens: int, used: int) -> float:
     _, top_k, hidden, inner = shape
     weights = used * 3 * hidden * inner * 2
@@ -49,14 +38,14 @@ def bound_us(shape: tuple[int, int, int, int], tokens: int, used: int) -> float:
     return round(max(weights / BYTES_A_SECOND, flops / FLOPS_A_SECOND) * 1e6, 1)
 
 
-def measured(name: str, device: torch.device, table: Any) -> list[dict[str, Any]]:
+def measured(name: str) -> list[dict[str, Any]]:
     shape = experts, top_k, hidden, inner = SHAPES[name]
     torch.manual_seed(0)
 
     def weight(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, device=device, dtype=torch.bfloat16).mul_(sizes[-1] ** -0.5)
+        return random(*sizes, scale=sizes[-1] ** -0.5)
 
-    ours, reference = TritonOps(device, table), ReferenceOps(device)
+    ours, reference = TritonOps(device(), launch_table(arch())), ReferenceOps(device())
     weights = ours.prepare_experts(weight(experts, 2 * inner, hidden), weight(experts, hidden, inner))
     records = []
     for tokens in TOKENS:
@@ -77,7 +66,7 @@ def measured(name: str, device: torch.device, table: Any) -> list[dict[str, Any]
             "tokens": tokens,
             "us": round(median(found), 1),
             "spread": round((found[-1] - found[0]) / median(found), 3),
-            "reference_us": median(plain),
+            "reference_us": round(median(plain), 1),
             "bound_us": bound_us(shape, tokens, used),
             "largest_difference": error,
         }
@@ -90,10 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_experts.json"))
     arguments = parser.parse_args()
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability()
     with torch.inference_mode():
-        records = [record for name in SHAPES for record in measured(name, device, launch_table(f"sm_{major}{minor}"))]
+        records = [record for name in SHAPES for record in measured(name)]
     arguments.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "records": records}, indent=1) + "\n")
 
 

@@ -87,6 +87,19 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0)
     return (torch.randn(shape, device=device(), dtype=dtype)).mul_(scale)
 
 
+def times_us(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Microseconds of the device from before each call to after it, ascending."""
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return sorted(times)
+
+
 def timed_us(work: Timed, replays: int = 9) -> float:
     """Median microseconds of one call."""
     for call in work.calls[:2]:
@@ -98,15 +111,7 @@ def timed_us(work: Timed, replays: int = 9) -> float:
             call()
     graph.replay()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times) / len(work.calls)
+    return statistics.median(times_us(graph.replay, replays)) / len(work.calls)
 
 
 def ceilings() -> Iterator[Case]:

@@ -33,8 +33,8 @@ from isthmus.reference.noise import row_keys
 from isthmus.sampling_params import RowSampling
 from isthmus_triton.ahead import CompileAhead
 from isthmus_triton.inputs import TritonInputs
-from isthmus_triton.launch import launch_table
-from isthmus_triton.sampling import DEFAULT, RowStates, SamplingLaunch, TritonSampling
+from isthmus_triton.launch import SamplingLaunch, launch_table
+from isthmus_triton.sampling import RowStates, TritonSampling
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -68,13 +68,13 @@ class Variant:
 def make_variant(change: str, ahead: CompileAhead) -> Variant:
     """Of ``name=number,...``; nothing changed where it is empty.  Its kernels begin to be compiled."""
     changed = {name: int(value) for name, value in (part.split("=") for part in change.split(",") if part)}
-    table, launch = launch_table(arch()), DEFAULT
+    table = launch_table(arch())
     for name, value in changed.items():
         if name in {field.name for field in fields(SamplingLaunch)}:
-            launch = replace(launch, **{name: type(getattr(launch, name))(value)})
+            table = replace(table, sampling=replace(table.sampling, **{name: value}))
         else:
             table = replace(table, **{name: type(getattr(table, name))(value)})
-    sampling = TritonSampling(device(), table, ahead, launch)
+    sampling = TritonSampling(device(), table, ahead)
     return Variant(change or "committed", sampling, sampling.allocate(LIMITS))
 
 

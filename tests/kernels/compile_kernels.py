@@ -252,7 +252,7 @@ def step_cases(arch: str) -> Iterator[Case]:
             rounds.round_kernel,
             "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
             f"queue:*i32 {rows} vocab:i32 num_slices:i32",
-            {"ROUND": number, "LAST": 3, "SLICES": 16, **sliced},
+            {"ROUND": number, "SLICES": 16, **sliced},
         )
     yield Case(
         "choose",

@@ -19,7 +19,8 @@ from isthmus.sampling_params import RowSampling
 from isthmus_triton.kernels.logprobs import log_probabilities
 from isthmus_triton.kernels.noise import gumbel, row_key
 from isthmus_triton.kernels.sample import BEST_OF_SLICES, FOUND, REFUSED, STATUS
-from isthmus_triton.sampling import DEFAULT, SamplingLaunch, TritonSampling
+from isthmus_triton.launch import FALLBACK, SamplingLaunch
+from isthmus_triton.sampling import TritonSampling
 
 VOCAB = 300
 LIMITS = Limits(max_rows=12, max_tokens=64, max_model_len=64, block_size=16, num_blocks=40, vocab_size=VOCAB)
@@ -35,7 +36,7 @@ class Both:
         history: int = 20,
         prompt: int = 12,
         limits: Limits = LIMITS,
-        launch: SamplingLaunch = DEFAULT,
+        launch: SamplingLaunch = FALLBACK.sampling,
     ) -> None:
         rng = np.random.default_rng(0)
         self.device = device
@@ -61,7 +62,7 @@ class Both:
         )
         for state in self.states:
             inputs.upload(self.plan, state)
-        self.samplers = [ReferenceSampling(device), TritonSampling(device, launch=launch)]
+        self.samplers = [ReferenceSampling(device), TritonSampling(device, replace(FALLBACK, sampling=launch))]
         self.parameters = [sampler.allocate(limits) for sampler in self.samplers]
         for sampler, parameters in zip(self.samplers, self.parameters, strict=True):
             sampler.apply(parameters, self.plan)

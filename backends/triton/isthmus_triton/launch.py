@@ -24,7 +24,7 @@ class DecodeLaunch:
     """Tiles a program takes at least where a span would otherwise be cut into more than a few partial results."""
     merged: int = 16384
     """Numbers of many partial results that are merged together: 128 registers a thread of four warps of 32.
-    None: one result after another, however many."""
+    0: one result after another, however many."""
     compiler: tuple[tuple[str, int], ...] = ()
     """Options that only this architecture's compiler knows, by name."""
     await_stores: bool = False
@@ -109,6 +109,22 @@ FLOAT32_EXPERTS: Final = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingLaunch:
+    """How a step's rows are sampled, and ``min_p`` and ``top_p`` without ``top_k`` spread over the device."""
+
+    rounds: int = 3
+    """Candidates after the first that all processors look for together."""
+    round_programs: int = 528
+    """Programs of a round at most; they share the slices of the rows that it has."""
+    first_programs: int = 1056
+    """As of the check of the first candidates, which has more rows."""
+    block: int = 1024
+    """Logits that a program perturbs at once."""
+    wide: int = 1024
+    """Logits of a greedy row that a program reads at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchTable:
     decode: tuple[tuple[int, DecodeLaunch], ...]
     """(largest bytes of a head's row, parameters), ascending; the last is taken beyond it."""
@@ -118,6 +134,7 @@ class LaunchTable:
     experts: tuple[ExpertLaunch, ...] = EXPERTS
     """Of 16-bit dtypes, in order of their pairs; the last has no bound."""
     float32_experts: tuple[ExpertLaunch, ...] = FLOAT32_EXPERTS
+    sampling: SamplingLaunch = SamplingLaunch()
     share_spans: int = 65
     """Spans from which a step looks for keys that all its short spans share, and reads those once."""
     share_tiles: int = 128

@@ -28,30 +28,6 @@ GROUP: Final = 128
 """Logits whose largest is kept, to bound the ``top_k``-th one from below."""
 MOST_COLLECTED: Final = 2048
 """Tokens that are looked at together for ``top_k``; where more may be among the k, sweeps find them."""
-QUEUES: Final = 4
-"""Queues of rows: for the check of the first candidates, and for each round after it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingLaunch:
-    """How ``min_p`` and ``top_p`` without ``top_k`` are spread over the device."""
-
-    rounds: int = 3
-    """Candidates after the first that all processors look for together, less than :data:`QUEUES`."""
-    round_programs: int = 528
-    """Programs of a round at most; they share the slices of the rows that it has."""
-    first_programs: int = 1056
-    """As of the check of the first candidates, which has more rows."""
-    block: int = 1024
-    """Logits that a program perturbs at once."""
-    wide: int = 1024
-    """Logits of a greedy row that a program reads at once."""
-
-    def __post_init__(self) -> None:
-        assert self.rounds < QUEUES, f"{self.rounds} rounds need more than {QUEUES} queues"
-
-
-DEFAULT: Final = SamplingLaunch()
 
 
 @dataclass(slots=True)
@@ -78,13 +54,12 @@ class TritonSampling:
         device: torch.device,
         table: LaunchTable = FALLBACK,
         ahead: CompileAhead | None = None,
-        launch: SamplingLaunch = DEFAULT,
     ) -> None:
         self._device = device
         self._choose_warps = table.choose_warps
         self._overlap = table.overlap
         self._await_stores = table.decode_for(0).await_stores
-        self._launch = launch
+        self._launch = table.sampling
         self._ahead = ahead or CompileAhead(device)
 
     def allocate(self, limits: Limits) -> RowStates:
@@ -150,7 +125,8 @@ class TritonSampling:
         num_groups = num_slices * (SLICE // GROUP)
         slices, ids = empty(samples, num_slices, 4), empty(samples, num_slices, 2, dtype=torch.int32)
         words, bounds = empty(samples, 4, dtype=torch.int32), empty(samples, 2)
-        queued, queue = empty(QUEUES, dtype=torch.int32), empty(samples, QUEUES, dtype=torch.int32)
+        queues = how.rounds + 1
+        queued, queue = empty(queues, dtype=torch.int32), empty(samples, queues, dtype=torch.int32)
         group_tops, some_x = empty(samples, num_groups), empty(samples, MOST_COLLECTED)
         some_ids = empty(samples, MOST_COLLECTED, dtype=torch.int32)
         invalid_before = empty(samples, dtype=torch.int32)
@@ -160,17 +136,15 @@ class TritonSampling:
             history.stride(0), bits.stride(0),
         )  # fmt: skip
         cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, vocab)
-        rounds = (
-            logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices
-        )  # fmt: skip
+        rounds = (logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices)
         choose = (
             logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
             invalid, vocab, history.stride(0), num_slices, num_groups,
         )  # fmt: skip
         overlap = {"OVERLAP": self._overlap, **overlapping(self._overlap)}
         padded = power_of_two(num_slices)
-        sizes = {"SLICE": SLICE, "BLOCK": how.block, "QUEUES": QUEUES, "num_warps": 4, **overlap}
-        round_sizes = {"LAST": how.rounds, "SLICES": padded, "AWAIT_STORES": self._await_stores, **sizes}
+        sizes = {"SLICE": SLICE, "BLOCK": how.block, "QUEUES": queues, "num_warps": 4, **overlap}
+        round_sizes = {"SLICES": padded, "AWAIT_STORES": self._await_stores, **sizes}
         choose_sizes = {
             "SLICES": padded,
             "GROUPS": power_of_two(num_groups),
@@ -180,7 +154,7 @@ class TritonSampling:
         }
         every = samples * num_slices
         return [
-            Launch(adjust_kernel, (samples,), adjust, {"QUEUES": QUEUES, "BLOCK": 1024, "num_warps": 4, **overlap}),
+            Launch(adjust_kernel, (samples,), adjust, {"QUEUES": queues, "BLOCK": 1024, "num_warps": 4, **overlap}),
             Launch(slices_kernel, (samples, num_slices), cut, {"GROUP": GROUP, "WIDE": how.wide, **sizes}),
             *(
                 Launch(
@@ -189,7 +163,7 @@ class TritonSampling:
                     rounds,
                     {"ROUND": number, **round_sizes},
                 )
-                for number in range(how.rounds + 1)
+                for number in range(queues)
             ),
             Launch(choose_kernel, (samples,), choose, {**choose_sizes, **overlap}),
         ]

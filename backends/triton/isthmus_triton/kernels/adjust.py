@@ -81,7 +81,8 @@ def adjust_kernel(
     let_next_begin(OVERLAP)
     sample = tl.program_id(0)
     if sample == 0:
-        tl.store(queued + tl.arange(0, QUEUES), 0)
+        for place in tl.static_range(QUEUES):
+            tl.store(queued + place, 0)
     row = tl.load(sample_rows + sample).to(tl.int64)
     flags = parameter(row_parameters, row, _FLAGS)
     tl.store(invalid_before + sample, 0)

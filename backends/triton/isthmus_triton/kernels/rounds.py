@@ -49,7 +49,6 @@ def round_kernel(
     vocab,
     num_slices,
     ROUND: tl.constexpr,
-    LAST: tl.constexpr,  # the last round
     QUEUES: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
@@ -140,6 +139,6 @@ def round_kernel(
                     ids = tl.load(places, mask=ok, other=0x7FFFFFFF, cache_modifier=".cg")
                     tl.store(words + CHOSEN, tl.minimum(lowest_at(scores, tl.max(scores, 0), ids), vocab - 1))
                 tl.store(words + STATUS, tl.where(refused, REFUSED, FOUND))
-            if refused & (ROUND < LAST):
+            if refused & (ROUND + 1 < QUEUES):
                 place = tl.atomic_add(queued + ROUND + 1, 1, sem="relaxed")
                 tl.store(queue + place * QUEUES + ROUND + 1, sample.to(tl.int32))
