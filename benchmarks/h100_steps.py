@@ -1,10 +1,11 @@
-"""Whole steps of the 8B shape on the card at hand: captured decode steps over launch tables, and eager prefill steps.
+"""Whole steps of the 8B shape on the card at hand: decode steps over launch tables, and steps that hold prompts.
 
     python benchmarks/h100_steps.py --out h100_steps.json [--rows 8,32,128] [--context 256]
 
 A decode step is captured for exactly its rows, all at one context over random keys, and replayed back
-to back; microseconds, the median of five times twelve.  A prefill step is run eagerly: milliseconds of
-the device, and of the host until it has queued the step.
+to back; microseconds, the median of five times twelve.  A step that holds prompts is run eagerly, and
+replayed where the engine has a graph for it: milliseconds of the device, and of the host until it has
+queued the step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from isthmus.sampling_params import RowSampling
 from isthmus_triton.launch import LaunchTable, SplitLinear
 
 NUM_BLOCKS = 14_000
-PREFILLS = ((1, 64), (1, 512), (8, 128), (1, 2048), (2, 4096))
+MIXED: dict[str, list[tuple[int, int]]] = {
+    **{f"{rows} x {length}": [(length, length)] * rows for rows, length in ((1, 16), (1, 64), (1, 100), (1, 200))},
+    **{f"{rows} x {length}": [(length, length)] * rows for rows, length in ((1, 512), (8, 64), (1, 2048), (2, 4096))},
+    "32 decode, 1 x 32": [(256, 1)] * 32 + [(32, 32)],
+    "64 decode, 1 x 128": [(256, 1)] * 64 + [(128, 128)],
+    "100 decode, 2 x 200": [(256, 1)] * 100 + [(200, 200)] * 2,
+}
+"""Context and new tokens of each span."""
 
 
 class Steps:
@@ -54,11 +62,12 @@ class Steps:
             cache.keys.normal_()
             cache.values.normal_()
 
-    def plan(self, rows: int, context: int, length: int) -> StepPlan:
-        """Each of ``rows`` computes its last ``length`` tokens, and samples."""
-        rng, row = np.random.default_rng(0), np.arange(rows, dtype=np.int32)
-        blocks = -(-context // self.limits.block_size)
-        ids = rng.permutation(np.arange(1, self.limits.num_blocks, dtype=np.int32))[: rows * blocks]
+    def plan(self, spans: list[tuple[int, int]]) -> StepPlan:
+        """Each row computes the last of its context's tokens, and samples."""
+        rng, row = np.random.default_rng(0), np.arange(len(spans), dtype=np.int32)
+        contexts, lengths = np.array(spans, np.int32).T
+        blocks = -(-contexts // self.limits.block_size)
+        ids = rng.permutation(np.arange(1, self.limits.num_blocks, dtype=np.int32))[: blocks.sum()]
         sampling = RowSampling(max_tokens=9)
         return StepPlan(
             step=0,
@@ -69,15 +78,15 @@ class Steps:
                     num_prompt_tokens=context,
                     sampling=sampling,
                 )
-                for place in row
+                for place, context in zip(row, contexts, strict=True)
             ),
             block_rows=np.repeat(row, blocks),
-            block_indices=np.tile(np.arange(blocks, dtype=np.int32), rows),
+            block_indices=np.concatenate([np.arange(count, dtype=np.int32) for count in blocks]),
             block_ids=ids,
             span_rows=row,
-            span_starts=np.full(rows, context - length, np.int32),
-            span_lengths=np.full(rows, length, np.int32),
-            span_samples=np.ones(rows, np.bool_),
+            span_starts=contexts - lengths,
+            span_lengths=lengths,
+            span_samples=np.ones(len(spans), np.bool_),
         )
 
     def upload(self, plan: StepPlan) -> None:
@@ -86,7 +95,7 @@ class Steps:
 
     def decode_us(self, rows: int, context: int, table: LaunchTable) -> float:
         usual, self.ops._table = self.ops._table, table
-        plan, shape = self.plan(rows, context, 1), StepShape(rows, rows, rows)
+        plan, shape = self.plan([(context, 1)] * rows), StepShape(rows, rows, rows, single=True)
         try:
             self.upload(plan)
             # Once eagerly: nothing may be compiled in mid-capture.
@@ -105,18 +114,32 @@ class Steps:
             times.append(spent.ms * 1e3 / 12)
         return round(statistics.median(times), 1)
 
-    def prefill_ms(self, spans: int, length: int) -> tuple[list[float], list[float]]:
-        """Of the device and of the host, five times."""
-        device, host = [], []
-        plan = self.plan(spans, length, length)
-        for _ in range(5):
-            self.upload(plan)
-            with DeviceTime() as spent:
-                began = time.perf_counter()
-                self.executor._forward(self.executor._padding.shape(plan), None, keep_hidden=False)
-                host.append(round((time.perf_counter() - began) * 1e3, 2))
-            device.append(round(spent.ms, 2))
-        return device, host
+    def mixed_ms(self, spans: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """Of the device and of the host until it has queued the step, seven times: eagerly, then replayed."""
+        plan = self.plan(spans)
+        shape = self.executor._padding.shape(plan)
+        graph = self.executor.graphs.find(shape, all_sampled=True)
+
+        def eager() -> None:
+            inputs, _, logits = self.executor._forward(shape, None, keep_hidden=False)
+            self.backend.sampling.sample(logits, inputs, self.executor._device, self.executor._sampling_state, -1)
+
+        def replayed() -> None:
+            assert graph is not None
+            graph.graph.replay(plan.num_tokens)
+
+        for how, captured, step in [("eager", 0, eager)] + (
+            [("replayed", graph.shape.tokens, replayed)] if graph else []
+        ):
+            device, host = [], []
+            for _ in range(7):
+                self.upload(plan)
+                with DeviceTime() as spent:
+                    began = time.perf_counter()
+                    step()
+                    host.append(round((time.perf_counter() - began) * 1e3, 2))
+                device.append(round(spent.ms, 2))
+            yield {"how": how, "captured_tokens": captured, "device_ms": device, "host_ms": host}
 
 
 class DeviceTime:
@@ -174,7 +197,7 @@ def main() -> None:
         "device": llm.ready.device_name,
         "context": arguments.context,
         "decode": [],
-        "prefill": [],
+        "mixed": [],
     }
     with torch.inference_mode():
         steps = Steps(llm)
@@ -183,10 +206,13 @@ def main() -> None:
                 us = steps.decode_us(rows, arguments.context, variant.table)
                 result["decode"].append({"rows": rows, "variant": variant.name, "us": us})
                 print(f"{rows:4d} rows  {variant.name:32s} {us:9.1f} us", flush=True)
-        for spans, length in PREFILLS:
-            device, host = steps.prefill_ms(spans, length)
-            result["prefill"].append({"spans": spans, "length": length, "device_ms": device, "host_ms": host})
-            print(f"{spans} x {length}: device {device} ms, host {host} ms", flush=True)
+        for name, spans in MIXED.items():
+            for found in steps.mixed_ms(spans):
+                result["mixed"].append({"step": name, **found})
+                medians = [statistics.median(found[key]) for key in ("device_ms", "host_ms")]
+                print(
+                    f"{name:20s} {found['how']:8s} device {medians[0]:6.2f} ms, host {medians[1]:6.2f} ms", flush=True
+                )
     arguments.out.write_text(json.dumps(result, indent=1))
     llm.close()
 

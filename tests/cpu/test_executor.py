@@ -26,6 +26,7 @@ from isthmus.contract import (
 from isthmus.errors import OutOfMemory, Unsupported
 from isthmus.executor import Executor
 from isthmus.executor.executor import StepModel
+from isthmus.executor.graphs import Captured, StepGraphs
 from isthmus.executor.shapes import StepShape, decode_sizes
 from isthmus.model.source import ModelSource
 from isthmus.model.spec import LayerSpec, ModelSpec, RopeSpec
@@ -342,6 +343,46 @@ def test_the_smallest_graph_that_fits_is_replayed() -> None:
     executor.capture()
     Driver(executor, sequences(9)).run(4)
     assert {size: graph.replays for size, graph in graphs.graphs.items() if graph.replays} == {16: 3}
+
+
+@pytest.mark.parametrize("scope", [GraphScope.FORWARD, GraphScope.STEP])
+def test_steps_of_any_spans_are_replayed_where_they_are_captured(alone: list[list[int]], scope: GraphScope) -> None:
+    graphs = RecordingGraphs()
+    backend = ReferenceBackend(
+        capabilities=capabilities(graph_scope=scope, mixed_graph_tokens=(13, 100, 1000)),
+        graphs=graphs,
+        sampling=GreedySampling() if scope is GraphScope.STEP else None,
+    )
+    executor = make_executor(backend)
+    assert executor.capture() == ()
+    mixed = {item.shape.tokens: item.shape for item in executor.graphs.captured if not item.shape.single}
+    assert mixed == {size: StepShape(size, min(size, ROWS), min(size, ROWS)) for size in (13, 100, TOKENS)}
+    driver = Driver(executor, sequences(37), chunk=7)
+    assert driver.run(NUM_TOKENS) == alone[:37]
+    assert all(graphs.graphs[size].replays for size in (100, TOKENS))
+    # Only steps of one token a row of which some do not sample.
+    assert sum(graph.replays for graph in graphs.graphs.values()) >= driver.steps - 1
+
+
+def test_which_graph_serves_which_step() -> None:
+    shapes = [
+        StepShape(4, 4, 4, single=True),
+        StepShape(8, 8, 8, single=True),
+        StepShape(8, 8, 8),
+        StepShape(40, 10, 10),
+    ]
+    found = StepGraphs(scope=GraphScope.STEP, captured=tuple(Captured(shape, RecordedGraph(int)) for shape in shapes))
+
+    def taken(tokens: int, spans: int, *, all_sampled: bool = True) -> StepShape | None:
+        step = StepShape(tokens, spans, spans, single=tokens == spans)
+        graph = found.find(step, all_sampled=all_sampled)
+        return graph and graph.shape
+
+    assert taken(3, 3) == shapes[0] and taken(5, 5) == shapes[1] and taken(9, 9) is None
+    assert taken(3, 3, all_sampled=False) is None  # as many logits as tokens, whichever samples
+    assert taken(8, 7) == taken(8, 7, all_sampled=False) == shapes[2]
+    assert taken(9, 1) == taken(40, 10) == shapes[3]
+    assert taken(12, 11) is None and taken(41, 1) is None
 
 
 def test_steps_that_a_captured_one_cannot_serve_run_eagerly() -> None:

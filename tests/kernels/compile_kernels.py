@@ -133,8 +133,8 @@ def attention_cases(arch: str) -> Iterator[Case]:
         "plan",
         plan.plan_kernel,
         "context_lengths:*i32 query_starts:*i32 span_rows:*i32 block_tables:*i32 programs:*i32 short_spans:*i32 "
-        "long_tiles:*i32 num_spans:i32 num_programs:i32 kv_heads:i32 window:i32 short_length:i32 least_tiles:i32 "
-        "table_stride:i32 shared_programs:i32 least_shared:i32",
+        "long_tiles:*i32 long_lengths:*i32 num_spans:i32 num_programs:i32 kv_heads:i32 window:i32 short_length:i32 "
+        "least_tiles:i32 table_stride:i32 shared_programs:i32 least_shared:i32",
         {
             "GROUP": 4,
             "KEY_TILE": 64,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -103,6 +104,37 @@ def arch() -> str:
         pytest.skip("these take CUDA's launch parameters; `isthmus certify --device rocm` runs the parts with AMD's")
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
+
+
+def attend_paged(
+    query: torch.Tensor,  # [tokens, heads, head_dim]
+    keys: torch.Tensor,  # [blocks, block_size, kv_heads, head_dim]
+    values: torch.Tensor,
+    out: torch.Tensor,
+    spans: Sequence[tuple[int, int, int]],  # first token, its tokens, context
+    block_tables: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    group = query.shape[1] // keys.shape[2]
+    for table, (first, count, context) in zip(block_tables, spans, strict=True):
+        queries = query[first : first + count].float()
+        own = [cache[table.long()].flatten(0, 1)[:context].float() for cache in (keys, values)]
+        k, v = (each.repeat_interleave(group, 1) for each in own)
+        scores = torch.einsum("qhd,khd->hqk", queries, k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = torch.arange(context - count, context)[:, None] - torch.arange(context)
+        scores[:, (at < 0) | ((at >= window) if window else False)] = -torch.inf
+        out[first : first + count] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
+
+
+@pytest.fixture(name="attend_paged")
+def _attend_paged() -> Callable[..., None]:
+    """What an attention library's function computes, in plain torch: stand-ins for one call it."""
+    return attend_paged
 
 
 @pytest.fixture

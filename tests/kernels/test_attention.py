@@ -90,8 +90,15 @@ class Step:
             self.triton_cache.values[block, :, :known] = values.transpose(0, 1)
 
     def run(
-        self, rotary_dim: int | None = None, qk_norm: bool = False, pad_tokens: int = 0, pad_spans: int = 0
+        self,
+        rotary_dim: int | None = None,
+        qk_norm: bool = False,
+        pad_tokens: int = 0,
+        pad_spans: int = 0,
+        bounded: bool = False,
+        no_singles: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``bounded``: what the host knows of the spans are bounds, as in a captured step."""
         layer = self.layer
         rotary_dim = layer.head_dim if rotary_dim is None else rotary_dim
         angles = torch.rand(self.limits.max_model_len, rotary_dim // 2, generator=torch.Generator().manual_seed(1)) * 6
@@ -105,6 +112,10 @@ class Step:
         padded = self.reference_inputs.build(
             self.state, shape._replace(tokens=shape.tokens + pad_tokens, spans=shape.spans + pad_spans)
         )
+        padded = replace(padded, no_singles=no_singles)
+        if bounded:
+            limit = self.limits.max_model_len
+            padded = replace(padded, max_query_length=padded.num_tokens, max_context_length=limit)
         qkv = self.random(padded.num_tokens, (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
         tokens = exact.num_tokens
         query = self.reference.rotate_and_store(qkv[:tokens], self.reference_cache, layer, rotary, norm, exact)
@@ -173,6 +184,13 @@ def test_merging_of_more_parts_than_are_taken_at_once(device: torch.device, arch
 
 def test_verify_spans(device: torch.device, arch: str) -> None:
     check(Step(device, arch, [(100, 8), (31, 2), (7, 5), (63, 1)], LAYER, torch.float32, LIMITS))
+
+
+@pytest.mark.parametrize(
+    "spans", [[(130, 1), (16, 50), (0, 5), (255, 1)], [(0, 2)], [(255, 1)]], ids=["mixed", "short", "one token"]
+)
+def test_a_captured_step_of_any_spans(device: torch.device, arch: str, spans: list[tuple[int, int]]) -> None:
+    check(Step(device, arch, spans, LAYER, torch.float32, LIMITS), pad_tokens=9, pad_spans=3, bounded=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

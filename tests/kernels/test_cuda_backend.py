@@ -14,7 +14,7 @@ from isthmus.errors import BackendError, BackendUnavailable, Unsupported
 from isthmus.executor.sizing import choose_kv_dtype
 from isthmus_cuda import context, probe
 from isthmus_cuda.backend import capabilities_of, open_backend
-from isthmus_cuda.flash import FlashAttention, _FlashPlanning, _LongSpans, find_flash
+from isthmus_cuda.flash import FlashAttention, _FlashPlanning, find_flash
 from isthmus_cuda.probe import _Seen, _visible
 from isthmus_triton.attention import BlockCache, TritonAttention
 from isthmus_triton.launch import FALLBACK
@@ -86,8 +86,8 @@ def test_flash_attention_takes_a_cache_in_the_queries_dtype_alone(
     query = torch.zeros(9, 2, 64, dtype=torch.bfloat16)
     cache = BlockCache(*(torch.zeros(3, 1, 16, 64, dtype=kept) for _ in range(2)))
     one = torch.zeros(1, dtype=torch.int32)
-    plan = _FlashPlanning({}, {}, {}, False, _LongSpans(one, one, one[None], True))
-    inputs = Mock(max_query_length=9)
+    plan = _FlashPlanning({}, {}, {}, False, one[None])
+    inputs = Mock(max_query_length=9, no_singles=True)
     attention.attend_long(query, cache, torch.zeros(9, 128, dtype=torch.bfloat16), layer, plan, inputs)
     assert called == ["flash" if flash else "triton"]
 

@@ -31,6 +31,8 @@ CAPABILITIES: Final = Capabilities(
     kv_dtypes=("bfloat16", "float16", "float32"),
     block_sizes=(16, 32, 64, 128),
     graph_scope=GraphScope.STEP,
+    # A step of more tokens takes the device longer than its launches take the host.
+    mixed_graph_tokens=(16, 32, 64, 96, 128, 192, 256, 384, 512),
     max_steps_in_flight=2,
     sliding_window=True,
     logit_softcap=True,
@@ -86,7 +88,7 @@ class CudaBackend:
             "experts": "Triton kernels",
             "sampling": "Triton kernels",
             "inputs": "Triton kernels",
-            "graphs": "CUDA graphs of whole decode steps",
+            "graphs": "CUDA graphs of whole steps, where they decode or are short",
         }
 
     def close(self) -> None:

@@ -51,18 +51,8 @@ def find_flash(arch: str, wanted: str) -> FlashProvider:
 
 
 @dataclass(frozen=True, slots=True)
-class _LongSpans:
-    """The spans that FlashAttention takes: all, or those after the leading short ones."""
-
-    query_starts: Tensor
-    context_lengths: Tensor
-    block_tables: Tensor  # [spans, blocks]
-    all_spans: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _FlashPlanning(StepPlanning):
-    long: _LongSpans | None
+    block_tables: Tensor | None  # int32 [spans, blocks], where there may be a long span
 
 
 class FlashAttention(TritonAttention):
@@ -83,19 +73,10 @@ class FlashAttention(TritonAttention):
 
     def plan(self, inputs: StepInputs) -> StepPlanning:
         plan = super().plan(inputs)
-        long = self._long_spans(inputs) if any(plan.any_long.values()) else None
-        return _FlashPlanning(plan.buffers, plan.longest_short, plan.any_long, plan.share, long)
-
-    def _long_spans(self, inputs: StepInputs) -> _LongSpans:
-        first = inputs.leading_single
         used = -(-inputs.max_context_length // self._block_size)
-        rows = inputs.span_rows[first:]
-        return _LongSpans(
-            query_starts=inputs.query_starts[first:],
-            context_lengths=inputs.context_lengths[first:],
-            block_tables=inputs.block_tables[:, :used].index_select(0, rows),
-            all_spans=first == 0,
-        )
+        any_long = any(plan.any_long.values())
+        tables = inputs.block_tables[:, :used].index_select(0, inputs.span_rows) if any_long else None
+        return _FlashPlanning(plan.buffers, plan.longest_short, plan.any_long, plan.share, tables)
 
     def takes_long(self, layer: AttentionSpec, dtype: torch.dtype, cache: BlockCache) -> bool:
         """What FlashAttention does not know; over an 8-bit cache it would need 8-bit queries."""
@@ -111,19 +92,20 @@ class FlashAttention(TritonAttention):
         plan: StepPlanning,
         inputs: StepInputs,
     ) -> bool:
-        if self.takes_long(layer, query.dtype, cache) or not isinstance(plan, _FlashPlanning) or plan.long is None:
+        if self.takes_long(layer, query.dtype, cache) or not isinstance(plan, _FlashPlanning):
             return super().attend_long(query, cache, out, layer, plan, inputs)
-        long = plan.long
         self._flash(
             query,
             # FlashAttention takes [blocks, block_size, heads, head_dim] with any strides.
             cache.keys.transpose(1, 2),
             cache.values.transpose(1, 2),
             out=out.view(query.shape),
-            cu_seqlens_q=long.query_starts,
-            seqused_k=long.context_lengths,
+            cu_seqlens_q=inputs.query_starts,
+            # A span of which no query is used is left alone.
+            seqused_q=None if inputs.no_singles else self.long_lengths(layer, plan, inputs),
+            seqused_k=inputs.context_lengths,
             max_seqlen_q=inputs.max_query_length,
-            page_table=long.block_tables,
+            page_table=plan.block_tables,
             softmax_scale=layer.scale,
             is_causal=True,
             window_size_left=layer.window - 1 if layer.window else -1,
@@ -131,4 +113,4 @@ class FlashAttention(TritonAttention):
             softcap=layer.softcap,
             num_splits=1,
         )
-        return long.all_spans
+        return inputs.no_singles

@@ -90,18 +90,8 @@ def why_not(source: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _LongSpans:
-    """The spans that AITER takes: all, or those after the leading ones of one token."""
-
-    first_token: int
-    query_starts: Tensor  # [spans + 1], from 0: AITER finds a program's span by these
-    context_lengths: Tensor
-    block_tables: Tensor  # [spans, blocks], of whole key tiles
-
-
-@dataclass(frozen=True, slots=True)
 class _AiterPlanning(StepPlanning):
-    long: _LongSpans | None
+    block_tables: Tensor | None  # int32 [spans, blocks], of whole key tiles, where there may be a long span
 
 
 class AiterAttention(TritonAttention):
@@ -122,20 +112,14 @@ class AiterAttention(TritonAttention):
 
     def plan(self, inputs: StepInputs) -> StepPlanning:
         plan = super().plan(inputs)
-        long = self._long_spans(inputs) if any(plan.any_long.values()) else None
-        return _AiterPlanning(plan.buffers, plan.longest_short, plan.any_long, plan.share, long)
+        tables = self._block_tables(inputs) if any(plan.any_long.values()) else None
+        return _AiterPlanning(plan.buffers, plan.longest_short, plan.any_long, plan.share, tables)
 
-    def _long_spans(self, inputs: StepInputs) -> _LongSpans:
-        first = inputs.leading_single
+    def _block_tables(self, inputs: StepInputs) -> Tensor:
         tile = max(KEY_TILE, self._block_size)
         used = -(-inputs.max_context_length // tile) * (tile // self._block_size)
-        tables = inputs.block_tables[:, :used].index_select(0, inputs.span_rows[first:])
-        return _LongSpans(
-            first_token=first,
-            query_starts=inputs.query_starts[first:] - first,
-            context_lengths=inputs.context_lengths[first:],
-            block_tables=torch.nn.functional.pad(tables, (0, used - tables.shape[1])),
-        )
+        tables = inputs.block_tables[:, :used].index_select(0, inputs.span_rows)
+        return torch.nn.functional.pad(tables, (0, used - tables.shape[1]))
 
     def takes_long(self, layer: AttentionSpec, dtype: torch.dtype, cache: BlockCache) -> bool:
         """What AITER is not given."""
@@ -151,27 +135,27 @@ class AiterAttention(TritonAttention):
         plan: StepPlanning,
         inputs: StepInputs,
     ) -> bool:
-        if self.takes_long(layer, query.dtype, cache) or not isinstance(plan, _AiterPlanning) or plan.long is None:
+        """Attend all spans: AITER has no way to leave any out."""
+        if self.takes_long(layer, query.dtype, cache) or not isinstance(plan, _AiterPlanning):
             return bool(super().attend_long(query, cache, out, layer, plan, inputs))
-        long = plan.long
         self._unified_attention(
-            q=query[long.first_token :],
+            q=query,
             # AITER takes [blocks, block_size, heads, head_dim] with any strides.
             k=cache.keys.transpose(1, 2),
             v=cache.values.transpose(1, 2),
-            out=out.view(query.shape)[long.first_token :],
-            cu_seqlens_q=long.query_starts,
+            out=out.view(query.shape),
+            cu_seqlens_q=inputs.query_starts,
             max_seqlen_q=inputs.max_query_length,
-            seqused_k=long.context_lengths,
+            seqused_k=inputs.context_lengths,
             # It only chooses between the kernels.
             max_seqlen_k=min(inputs.max_context_length, FEW_KEYS),
             softmax_scale=layer.scale,
             causal=True,
             window_size=(layer.window - 1, 0) if layer.window else (-1, -1),
-            block_table=long.block_tables,
+            block_table=plan.block_tables,
             softcap=layer.softcap,
             q_descale=None,
             k_descale=None,
             v_descale=None,
         )
-        return long.first_token == 0
+        return True

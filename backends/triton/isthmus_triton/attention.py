@@ -272,12 +272,16 @@ class TritonAttention:
         plan: StepPlanning,
         inputs: StepInputs,
     ) -> bool:
-        """Attend the long spans; returns whether the short ones, if there are any, are attended too."""
+        """Attend the long spans; returns whether nothing is left to attend."""
         shape = _Shape.of(layer, self._itemsize)
         _, prefill = self._launches(shape)
         prefill_attention(query, cache.keys, cache.values, out, plan.buffers[shape], inputs, layer, prefill)
-        # A step of one long span has no short ones.
-        return inputs.num_spans == 1
+        # Beside long spans, short ones are those of one token.
+        return inputs.no_singles
+
+    def long_lengths(self, layer: AttentionSpec, plan: StepPlanning, inputs: StepInputs) -> Tensor:
+        """Tokens of each long span, and 0 for another: int32 [spans]."""
+        return plan.buffers[_Shape.of(layer, self._itemsize)].long_lengths[: inputs.num_spans]
 
 
 def _no_inputs(spans: int, length: int, limits: Limits, device: torch.device) -> StepInputs:

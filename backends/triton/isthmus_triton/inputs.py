@@ -58,7 +58,7 @@ class TritonInputs:
         self._slots = torch.zeros(limits.max_tokens, dtype=torch.int64, device=self._device)
         self._max_query_length = 1
         self._max_context_length = 1
-        self._leading_single = 0
+        self._no_singles = False
         rows = limits.max_rows + 1
         state = DeviceState(
             tokens=self._zeros(rows, history_width(limits))[:, : limits.max_model_len + 1],
@@ -122,7 +122,7 @@ class TritonInputs:
             num_samples=num_samples,
             max_query_length=self._max_query_length,
             max_context_length=self._max_context_length,
-            leading_single=self._leading_single,
+            no_singles=self._no_singles,
         )
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -180,6 +180,4 @@ class TritonInputs:
         of["sample_rows"][: len(sampled)] = plan.span_rows[sampled]
         self._max_query_length = int(plan.span_lengths.max(initial=1))
         self._max_context_length = int(contexts.max(initial=1))
-        single = plan.span_lengths == 1
-        leading = int(np.argmin(single)) if spans and not single.all() else 0
-        self._leading_single = 0 if single[leading:].any() else leading
+        self._no_singles = spans > 0 and int(plan.span_lengths.min()) > 1

@@ -83,6 +83,9 @@ class Capabilities:
     graph_scope: GraphScope = GraphScope.NONE
     graph_any_size: bool = False
     """One captured graph serves every number of tokens up to the captured one."""
+    mixed_graph_tokens: tuple[int, ...] = ()
+    """With ``exact`` shapes and a graph for each size: numbers of tokens, ascending, for which steps are captured
+    that hold spans of any lengths, beside those of decode steps.  Such a step takes the next larger one."""
     max_steps_in_flight: int = 1
     """How many steps may be submitted before the first is collected."""
     sliding_window: bool = False

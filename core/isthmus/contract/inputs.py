@@ -41,7 +41,7 @@ class StepShape(NamedTuple):
     """KV blocks that attention reads, in the measure of ``Capabilities.blocks_counted``; 0 where
     ``block_buckets`` is empty."""
     single: bool = False
-    """Every span is of one token; only told where ``span_mix`` is ``singles_apart``."""
+    """Every span is of one token; not told where shapes are bucketed and spans of any lengths share one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,8 +80,8 @@ class StepInputs:
     num_samples: int
     max_query_length: int
     max_context_length: int
-    leading_single: int = 0
-    """Spans of one token before the first longer one, if none follows it; 0 also where that is not known."""
+    no_singles: bool = False
+    """No span is of one token; off also where that is not known."""
 
 
 @dataclass(slots=True, kw_only=True)

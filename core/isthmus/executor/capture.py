@@ -19,7 +19,7 @@ from isthmus.contract import (
     StepInputs,
     StepShape,
 )
-from isthmus.executor.dummy import decode_plan, dummy_plan, plan_of_shape
+from isthmus.executor.dummy import decode_plan, even_plan, plan_of_shape
 from isthmus.executor.graphs import StepGraphs, capture_all
 from isthmus.executor.shapes import Padding
 from isthmus.plan import StepPlan
@@ -89,11 +89,7 @@ class Capture:
     def _plan(self, shape: StepShape) -> StepPlan:
         if self.padding.bucketed:
             return plan_of_shape(shape, self.limits)
-        if self.backend.capabilities.graph_any_size and self.backend.capabilities.graph_scope is GraphScope.FORWARD:
-            longest = -(-shape.tokens // shape.samples)
-            rows = range(-(-shape.tokens // longest))
-            return dummy_plan([min(longest, shape.tokens - row * longest) for row in rows])
-        return decode_plan(shape.tokens)
+        return decode_plan(shape.tokens) if shape.single else even_plan(shape)
 
     def _step(self, shape: StepShape) -> CapturedGraph[Sampled]:
         def step() -> Sampled:
@@ -112,17 +108,26 @@ class Capture:
     def _logits(self, shape: StepShape) -> tuple[StepInputs, Tensor]:
         inputs = self.backend.inputs.build(self.device, shape)
         if not self.padding.bucketed:
-            inputs = self._bounded(inputs, 1)
+            inputs = self._bounded(inputs, shape)
         hidden = self.model.forward(inputs, self.caches, inputs.sample_tokens)
         return inputs, self.model.logits(hidden, None)
 
     def _any_forward(self, shape: StepShape) -> CapturedGraph[Tensor]:
-        inputs = self._bounded(self.backend.inputs.build(self.device, shape), shape.tokens)
+        inputs = self._bounded(self.backend.inputs.build(self.device, shape), shape)
         return self.backend.graphs.capture(lambda: self.model.forward(inputs, self.caches), shape.tokens)
 
-    def _bounded(self, inputs: StepInputs, max_query_length: int) -> StepInputs:
-        """With upper bounds for the host's integers, since a graph is replayed with others."""
-        return replace(inputs, max_query_length=max_query_length, max_context_length=self.limits.max_model_len)
+    def _bounded(self, inputs: StepInputs, shape: StepShape) -> StepInputs:
+        """With upper bounds for what the host knows of the spans, since a graph is replayed with others."""
+        return replace(
+            inputs,
+            max_query_length=_longest(shape),
+            max_context_length=self.limits.max_model_len,
+            no_singles=False,
+        )
+
+
+def _longest(shape: StepShape) -> int:
+    return 1 if shape.single else shape.tokens
 
 
 def inputs_of(tensors: Sequence[Tensor], device: DeviceState, shape: StepShape, max_context_length: int) -> StepInputs:
@@ -133,7 +138,7 @@ def inputs_of(tensors: Sequence[Tensor], device: DeviceState, shape: StepShape, 
         num_tokens=shape.tokens,
         num_spans=shape.spans,
         num_samples=shape.samples,
-        max_query_length=1 if shape.single else shape.tokens,
+        max_query_length=_longest(shape),
         max_context_length=max_context_length,
         **named,
     )

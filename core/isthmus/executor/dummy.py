@@ -34,6 +34,13 @@ def decode_plan(rows: int) -> StepPlan:
     return dummy_plan([1] * rows)
 
 
+def even_plan(shape: StepShape) -> StepPlan:
+    """All tokens of the shape, dealt to as many rows as it may sample, or to fewer where that comes out even."""
+    longest = -(-shape.tokens // shape.samples)
+    rows = range(-(-shape.tokens // longest))
+    return dummy_plan([min(longest, shape.tokens - row * longest) for row in rows])
+
+
 def largest_plan(limits: Limits, capabilities: Capabilities) -> StepPlan:
     """A step of as many tokens as one can have that samples as many rows as can share them."""
     tokens = most_tokens(capabilities, limits)

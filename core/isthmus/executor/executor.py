@@ -179,7 +179,8 @@ class Executor:
         shape = self._padding.shape(plan)
         captured = self._graph_for(plan, shape, num_logprobs, bool(prompt_pieces))
         if captured is not None and self._graphs.scope is GraphScope.STEP:
-            return self._fetching(captured.graph.replay(plan.num_tokens), plan)
+            sampled = captured.graph.replay(plan.num_tokens)
+            return self._fetching(sampled, plan) if plan.span_samples.any() else _Fetching(None, ())
 
         inputs, hidden, logits = self._forward(shape, captured, keep_hidden=bool(prompt_pieces))
         prompts = tuple((piece.row, self._fetch_prompt(hidden, piece)) for piece in prompt_pieces)
@@ -212,15 +213,17 @@ class Executor:
         return narrowed(inputs, shape.samples), None, logits[: shape.samples]
 
     def _graph_for(self, plan: StepPlan, shape: StepShape, num_logprobs: int, prompt_logprobs: bool) -> Captured | None:
-        decode = bool(plan.span_samples.all()) and int(plan.span_lengths.max()) == 1
         if prompt_logprobs and not self._graphs.any_shape:
             return None  # only eager steps keep the hidden states
         if self._graphs.scope is GraphScope.STEP and num_logprobs >= 0:
             return None  # captured without log-probabilities
+        if self._graphs.scope is GraphScope.STEP and not self._replayable():
+            return None
+        return self._graphs.find(shape, all_sampled=bool(plan.span_samples.all()))
+
+    def _replayable(self) -> bool:
         sampling = self._backend.sampling
-        if self._graphs.scope is GraphScope.STEP and isinstance(sampling, PartlyCapturedSampling):
-            decode = decode and sampling.replayable(self._sampling_state)
-        return self._graphs.find(shape, decode=decode)
+        return not isinstance(sampling, PartlyCapturedSampling) or sampling.replayable(self._sampling_state)
 
     def _fetching(self, sampled: Sampled, plan: StepPlan, prompts: tuple[tuple[int, _Fetched], ...] = ()) -> _Fetching:
         return _Fetching(self._fetch(sampled, int(plan.span_samples.sum())), prompts)

@@ -27,23 +27,36 @@ class StepGraphs:
     any_shape: bool = False
     """One forward, captured at the most tokens a step may have, serves every step."""
     exact: bool = True
-    """A decode step takes the smallest graph that holds it; otherwise any step takes that of its own shape."""
+    """A step takes the smallest graph of its kind that holds it; otherwise that of its own shape."""
     captured: tuple[Captured, ...] = ()  # smallest first
     capture_s: float = 0.0
     notes: tuple[str, ...] = ()
     _by_shape: dict[StepShape, Captured] = field(init=False)
+    _decode: tuple[Captured, ...] = field(init=False)
+    _mixed: tuple[Captured, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self._by_shape = {item.shape: item for item in self.captured}
+        self._decode = tuple(item for item in self.captured if item.shape.single)
+        self._mixed = tuple(item for item in self.captured if not item.shape.single)
 
-    def find(self, shape: StepShape, *, decode: bool) -> Captured | None:
-        """The graph that serves the step, or ``None``: run it eagerly."""
+    def find(self, shape: StepShape, *, all_sampled: bool) -> Captured | None:
+        """The graph that serves the step, or ``None``: run it eagerly.
+
+        ``all_sampled``: every span samples, as those of a captured decode step do.
+        """
         if not self.exact:
             return self._by_shape.get(shape)
-        if not (decode or self.any_shape):
-            return None
-        index = bisect_left(self.captured, shape.tokens, key=lambda c: c.shape.tokens)
-        return self.captured[index] if index < len(self.captured) else None
+        if self.any_shape or not shape.single:
+            return _next_larger(self._mixed, shape)
+        return _next_larger(self._decode, shape) if all_sampled else None
+
+
+def _next_larger(captured: tuple[Captured, ...], shape: StepShape) -> Captured | None:
+    index = bisect_left(captured, shape.tokens, key=lambda item: item.shape.tokens)
+    if index == len(captured) or captured[index].shape.spans < shape.spans:
+        return None
+    return captured[index]
 
 
 def capture_all(

@@ -12,6 +12,9 @@ from isthmus.plan import Int32Array, StepPlan
 
 LARGEST_CAPTURED: Final = 512
 """Rows beyond which a decode step takes the device longer than its launches take the host."""
+MIXED_SPANS: Final = 128
+"""Spans that a captured step of any lengths holds at most.  It computes logits for as many: the output
+projection's weight is read for each of them in the time that one takes."""
 
 
 class Padding:
@@ -37,7 +40,7 @@ class Padding:
         tokens, spans = plan.num_tokens, plan.num_spans
         if not self.bucketed:
             # A step that samples nothing has no logits.
-            return StepShape(tokens, spans, int(plan.span_samples.sum()))
+            return StepShape(tokens, spans, int(plan.span_samples.sum()), single=tokens == spans)
         single = self._apart and tokens == spans
         blocks = -(-(plan.span_starts + plan.span_lengths) // self._block_size)
         padded = self._most_long if self._apart and not single else _padded(spans, self._spans)
@@ -62,15 +65,22 @@ class Padding:
 
     def shapes(self) -> list[StepShape]:
         """Every shape that a graph is captured for: one with ``graph_any_size``; all that a step can have
-        where they are bucketed; and else those of decode steps, of which a step takes the next larger one."""
+        where they are bucketed; and else those of decode steps and of ``mixed_graph_tokens``, of which a
+        step takes the next larger one."""
         if self._capabilities.graph_any_size:
             most, whole_steps = self._limits.max_rows, self._capabilities.graph_scope is GraphScope.STEP
             size = most if whole_steps else most_tokens(self._capabilities, self._limits)
-            return [StepShape(size, most, min(most, size))]
+            return [StepShape(size, most, min(most, size), single=whole_steps)]
         if not self.bucketed:
             rows = decode_sizes(min(self._limits.max_rows, self._limits.max_tokens))
-            return [StepShape(size, size, size) for size in rows]
+            return [*(StepShape(size, size, size, single=True) for size in rows), *self._mixed_shapes()]
         return [*self._single_shapes(), *self._other_shapes()] if self._apart else list(self._other_shapes())
+
+    def _mixed_shapes(self) -> Iterator[StepShape]:
+        most = most_tokens(self._capabilities, self._limits)
+        for tokens in sorted({min(size, most) for size in self._capabilities.mixed_graph_tokens}):
+            spans = min(tokens, self._limits.max_rows, MIXED_SPANS)
+            yield StepShape(tokens, spans, spans)
 
     def _single_shapes(self) -> Iterator[StepShape]:
         for fewest, spans in _ranges(self._spans):

@@ -71,6 +71,7 @@ def plan_kernel(
     programs,  # int32 [HEADER + 4 * num_programs]: header, then (short span, head, tile, -) a program
     short_spans,  # int32 [spans, 8]: context, first token, query length, row, first tile, tiles before, tiles, -
     long_tiles,  # int32 [spans + 1]: query tiles of long spans before each span
+    long_lengths,  # int32 [spans]: tokens of a long span, 0 of another
     num_spans,
     num_programs,
     kv_heads,
@@ -101,6 +102,7 @@ def plan_kernel(
     query_tiles = tl.where(is_long, (length * GROUP + QUERY_TILE - 1) // QUERY_TILE, 0)
     tl.store(long_tiles + 1 + span, tl.cumsum(query_tiles, 0), mask=here)
     tl.store(long_tiles, 0)
+    tl.store(long_lengths + span, tl.where(is_long, length, 0), mask=here)
     tl.store(programs + 3, tl.sum(query_tiles, 0))
 
     is_short = (length > 0) & (length <= short_length)
@@ -176,6 +178,7 @@ class PlanBuffers:
     programs: Tensor  # int32 [HEADER + 4 * num_programs]
     short_spans: Tensor  # int32 [max_spans, 8]
     long_tiles: Tensor  # int32 [max_spans + 1]
+    long_lengths: Tensor  # int32 [max_spans]
     num_programs: int
     shared_programs: int
 
@@ -188,6 +191,7 @@ class PlanBuffers:
             programs=zeros(HEADER + 4 * num_programs),
             short_spans=zeros(max_spans, 8),
             long_tiles=zeros(max_spans + 1),
+            long_lengths=zeros(max_spans),
             num_programs=num_programs,
             shared_programs=shared_programs,
         )
@@ -220,6 +224,7 @@ def make_plan(
         buffers.programs,
         buffers.short_spans,
         buffers.long_tiles,
+        buffers.long_lengths,
         inputs.num_spans,
         buffers.num_programs,
         kv_heads,

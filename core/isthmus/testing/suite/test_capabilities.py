@@ -48,14 +48,17 @@ def test_capabilities_make_sense(isthmus_device: DeviceUnderTest) -> None:
     assert min(c.block_sizes) >= 1 and len(set(c.block_sizes)) == len(c.block_sizes)
     assert c.max_steps_in_flight >= 1 and c.default_max_rows >= 1 and c.default_max_tokens >= 1
     assert c.max_head_dim >= 64, "real models have heads of at least 64 numbers"
-    for name in ("token_buckets", "span_buckets", "block_buckets"):
+    for name in ("token_buckets", "span_buckets", "block_buckets", "mixed_graph_tokens"):
         buckets = getattr(c, name)
-        assert list(buckets) == sorted(set(buckets)), f"{name} must ascend: {buckets}"
-        if c.shapes is ShapePolicy.BUCKETED and name != "block_buckets":
+        assert list(buckets) == sorted(set(buckets)) and min(buckets, default=1) >= 1, f"{name} must ascend: {buckets}"
+        if c.shapes is ShapePolicy.BUCKETED and name in ("token_buckets", "span_buckets"):
             assert buckets, f"shapes are bucketed, and {name} is empty"
     assert c.max_long_spans >= 0
     if c.graph_any_size:
         assert c.graph_scope is not GraphScope.NONE, "graph_any_size without a graph_scope"
+    if c.mixed_graph_tokens:
+        by_size = c.shapes is ShapePolicy.EXACT and not c.graph_any_size
+        assert by_size and c.graph_scope is not GraphScope.NONE, "mixed_graph_tokens without a graph for each size"
 
 
 def test_parts_say_who_serves_them(isthmus_device: DeviceUnderTest) -> None:

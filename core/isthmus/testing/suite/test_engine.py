@@ -16,6 +16,7 @@ import pytest
 
 from isthmus.contract import GraphScope
 from isthmus.errors import InvalidRequest
+from isthmus.executor import Executor
 from isthmus.reference import ReferenceBackend
 from isthmus.sampling_params import RowSampling
 from isthmus.testing.device import DeviceUnderTest
@@ -132,6 +133,27 @@ def test_tokens_do_not_depend_on_the_schedule(
             size = running.executor.limits.block_size
             hits = {index: again.cached[index] for index, prompt in enumerate(prompts) if len(prompt) > size}
             assert all(hits.values()), f"the second time, the prefixes were not found in the cache: {hits}"
+
+
+@pytest.mark.requires_parts
+@pytest.mark.parametrize("rows", [1, 4])
+def test_prompts_and_decodes_of_captured_steps(
+    isthmus_device: DeviceUnderTest,
+    folder: Callable[[str], str],
+    prompts: list[list[int]],
+    expected: Callable[[str], Outcome],
+    rows: int,
+) -> None:
+    """Steps of spans of any lengths, in every dtype: each may have an attention of its own for long spans."""
+    capabilities = isthmus_device.capabilities
+    if not capabilities.mixed_graph_tokens:
+        pytest.skip("undeclared: mixed_graph_tokens")
+    for dtype in capabilities.dtypes:
+        with engine(isthmus_device, folder("llama"), Arrangement(rows=rows, tokens=40, dtype=dtype)) as running:
+            assert isinstance(running.executor, Executor)
+            captured = [item.shape for item in running.executor.graphs.captured if not item.shape.single]
+            assert captured and captured[-1].tokens == min(40, capabilities.mixed_graph_tokens[-1])
+            require_tokens(running.run(prompts), expected("llama"), folder("llama"), prompts, dtype)
 
 
 @pytest.mark.requires_parts
