@@ -251,7 +251,7 @@ def step_cases(arch: str) -> Iterator[Case]:
             name,
             rounds.round_kernel,
             "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
-            f"queue:*i32 {rows} vocab:i32 num_slices:i32",
+            f"queue:*i32 {rows} vocab:i32 num_slices:i32 draw_below:fp32",
             {"ROUND": number, "SLICES": 16, **sliced},
         )
     yield Case(

@@ -53,7 +53,7 @@ def function(attend_paged: Callable[..., None], device: torch.device, arch: str)
         spans = list(zip(starts, used, given["seqused_k"].tolist(), strict=False))
         attend_paged(
             query, keys, values, given["out"], spans, given["page_table"],
-            scale=given["softmax_scale"], softcap=given["softcap"], window=given["window_size_left"] + 1,
+            scale=given["softmax_scale"], softcap=0.0, window=given["window_size_left"] + 1,
         )  # fmt: skip
 
     return standin
@@ -86,7 +86,17 @@ def test_a_captured_step(
     attention_tests.check(step(function, device, arch, spans, LAYER), pad_tokens=7, pad_spans=2, bounded=True)
 
 
-@pytest.mark.parametrize("layer", [replace(LAYER, window=20), replace(LAYER, softcap=3.0)], ids=["window", "softcap"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        replace(LAYER, window=20),
+        replace(LAYER, softcap=3.0),
+        replace(LAYER, head_dim=96),
+        replace(LAYER, heads=2, kv_heads=1, head_dim=128, scale=0.09),
+        replace(LAYER, heads=2, kv_heads=1, head_dim=256, scale=0.06),
+    ],
+    ids=["window", "softcap", "dim96", "dim128", "dim256"],
+)
 def test_layers(function: Callable[..., None], device: torch.device, arch: str, layer: AttentionSpec) -> None:
     spans = STEPS["decodes between"]
     attention_tests.check(step(function, device, arch, spans, layer), pad_tokens=3, pad_spans=1, bounded=True)

@@ -79,8 +79,11 @@ class FlashAttention(TritonAttention):
         return _FlashPlanning(plan.buffers, plan.longest_short, plan.any_long, plan.share, tables)
 
     def takes_long(self, layer: AttentionSpec, dtype: torch.dtype, cache: BlockCache) -> bool:
-        """What FlashAttention does not know; over an 8-bit cache it would need 8-bit queries."""
-        known = dtype in (torch.bfloat16, torch.float16) and layer.head_dim in HEAD_DIMS
+        """What FlashAttention does not know; over an 8-bit cache it would need 8-bit queries.
+
+        The wheel is built without soft-capped scores.
+        """
+        known = dtype in (torch.bfloat16, torch.float16) and layer.head_dim in HEAD_DIMS and not layer.softcap
         return not known or cache.keys.dtype != dtype
 
     def attend_long(
@@ -110,7 +113,6 @@ class FlashAttention(TritonAttention):
             is_causal=True,
             window_size_left=layer.window - 1 if layer.window else -1,
             window_size_right=0 if layer.window else -1,
-            softcap=layer.softcap,
             num_splits=1,
         )
         return inputs.no_singles

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
-from weakref import WeakSet
 
 import torch
 
@@ -28,10 +27,9 @@ class _Replay(Generic[T]):
 class StreamGraphs:
     """:class:`isthmus.contract.Graphs`.
 
-    All graphs that live share one memory pool: they never run at once, and each one's outputs are
-    read before the next replay.  Capture the largest first, so that the smaller ones fit into its
-    memory.  torch gives a pool up with the last graph in it, so what is captured after that has
-    another.
+    All graphs share one memory pool: they never run at once, and each one's outputs are read before
+    the next replay.  Capture the largest first, so that the smaller ones fit into its memory.  The pool
+    is held here, since torch gives one up with the last graph in it, and keeps its memory all the same.
     ``torch.cuda.graph`` would synchronise, collect garbage and empty the caches for every capture;
     here the collector is held off instead, since it might free device memory in mid-capture.
     """
@@ -40,7 +38,6 @@ class StreamGraphs:
         self._device = device
         self._reason = reason
         self._pool: Any = None
-        self._live: WeakSet[_Replay[Any]] = WeakSet()
         self._stream = torch.cuda.Stream(device)
 
     def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
@@ -48,14 +45,14 @@ class StreamGraphs:
             raise Unsupported(self._reason)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        if not self._live:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._pool is None:
+            self._pool = torch.cuda.MemPool()
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()
         try:
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
                 try:
                     output = step()
                 finally:
@@ -64,6 +61,4 @@ class StreamGraphs:
             if collecting:
                 gc.enable()
         current.wait_stream(self._stream)
-        replay = _Replay(graph, output)
-        self._live.add(replay)
-        return replay
+        return _Replay(graph, output)

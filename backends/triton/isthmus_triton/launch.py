@@ -113,7 +113,9 @@ class SamplingLaunch:
     """How a step's rows are sampled, and ``min_p`` and ``top_p`` without ``top_k`` spread over the device."""
 
     rounds: int = 3
-    """Candidates after the first that all processors look for together."""
+    """Candidates after the first that all processors check together, or one less where the first check draws none."""
+    draw_below: float = 0.8
+    """A ``top_p`` below which the check of the first candidate looks for the second as well."""
     round_programs: int = 528
     """Programs of a round at most; they share the slices of the rows that it has."""
     first_programs: int = 1056

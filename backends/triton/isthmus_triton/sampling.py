@@ -17,7 +17,7 @@ from isthmus_triton.kernels.adjust import adjust_kernel
 from isthmus_triton.kernels.logprobs import MOST_LIKELIEST, log_probabilities
 from isthmus_triton.kernels.overlap import overlapping
 from isthmus_triton.kernels.rounds import round_kernel
-from isthmus_triton.kernels.sample import choose_kernel, slices_kernel
+from isthmus_triton.kernels.sample import SLICE_NUMBERS, choose_kernel, slices_kernel
 from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
 from isthmus_triton.sizes import power_of_two, tiles_of
@@ -123,7 +123,7 @@ class TritonSampling:
         empty, bits, how = logits.new_empty, state.seen_bits, self._launch
         num_slices = tiles_of(vocab, SLICE)
         num_groups = num_slices * (SLICE // GROUP)
-        slices, ids = empty(samples, num_slices, 4), empty(samples, num_slices, 2, dtype=torch.int32)
+        slices, ids = empty(samples, num_slices, SLICE_NUMBERS.value), empty(samples, num_slices, 2, dtype=torch.int32)
         words, bounds = empty(samples, 4, dtype=torch.int32), empty(samples, 2)
         queues = how.rounds + 1
         queued, queue = empty(queues, dtype=torch.int32), empty(samples, queues, dtype=torch.int32)
@@ -136,7 +136,7 @@ class TritonSampling:
             history.stride(0), bits.stride(0),
         )  # fmt: skip
         cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, vocab)
-        rounds = (logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices)
+        rounds = (logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices, how.draw_below)
         choose = (
             logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
             invalid, vocab, history.stride(0), num_slices, num_groups,

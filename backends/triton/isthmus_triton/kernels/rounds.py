@@ -1,7 +1,8 @@
 """Whether the cuts keep a row's candidate, and the next one where they do not: all processors on the few rows left.
 
 Each round works through a queue of rows, by slices.  The program that ends a row's last slice decides
-for the row, and queues it for the next round if its candidate is refused.  Round 0 only checks.
+for the row, and queues it for the next round if its candidate is refused.  Round 0, which has all rows,
+looks for the next candidates of those alone whose first one is likely to be refused.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from isthmus_triton.kernels.sample import (
     ARRIVALS,
     CHOSEN,
     FOUND,
-    KEPT_OR_SCORE,
+    KEPT,
+    NEXT_SCORE,
     REFUSED,
     ROW_WORDS,
     SLICE_NUMBERS,
@@ -48,6 +50,7 @@ def round_kernel(
     positions,
     vocab,
     num_slices,
+    draw_below,  # a top_p: round 0 looks for the next candidates of rows of less
     ROUND: tl.constexpr,
     QUEUES: tl.constexpr,
     SLICES: tl.constexpr,
@@ -82,30 +85,37 @@ def round_kernel(
         first = piece * SLICE
         at = sample * num_slices + piece
         above = tl.zeros((BLOCK,), tl.float32)
-        if ROUND == 0:
+        draws = top_p < draw_below if ROUND == 0 else True
+        # Without top_p the floor alone decides of a first candidate.
+        end = tl.where(valid & (top_p < 1.0), first + SLICE, first) if ROUND == 0 else first + SLICE
+        if draws:
+            position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
+            key = row_key(parameter(row_parameters, row, _SEED), position)
+            best = tl.full((), float("-inf"), tl.float32)
+            best_id = tl.full((), 0x7FFFFFFF, tl.int32)
             kept = tl.zeros((BLOCK,), tl.float32)
-            # Without top_p the floor alone decides.
-            end = tl.where(valid & (top_p < 1.0), first + SLICE, first)
+            for begin in range(first, end, BLOCK):
+                token = begin + lane
+                values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
+                values = tl.where(values >= floor, values, float("-inf"))
+                if ROUND == 0:
+                    kept += tl.exp(values - top)
+                values = tl.where(values > candidate, values, float("-inf"))
+                above += tl.exp(values - top)
+                best, best_id = raise_best(best, best_id, values, key, token)
+            if ROUND == 0:
+                tl.store(slices + at * SLICE_NUMBERS + KEPT, tl.sum(kept, 0))
+            tl.store(slices + at * SLICE_NUMBERS + NEXT_SCORE, best)
+            tl.store(slice_ids + at * 2 + 1, best_id)
+        else:
+            kept = tl.zeros((BLOCK,), tl.float32)
             for begin in range(first, end, BLOCK):
                 token = begin + lane
                 values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
                 mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
                 kept += mass
                 above += tl.where(values > candidate, mass, 0.0)
-            tl.store(slices + at * SLICE_NUMBERS + KEPT_OR_SCORE, tl.sum(kept, 0))
-        else:
-            position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
-            key = row_key(parameter(row_parameters, row, _SEED), position)
-            best = tl.full((), float("-inf"), tl.float32)
-            best_id = tl.full((), 0x7FFFFFFF, tl.int32)
-            for begin in range(first, first + SLICE, BLOCK):
-                token = begin + lane
-                values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
-                values = tl.where((values >= floor) & (values > candidate), values, float("-inf"))
-                above += tl.exp(values - top)
-                best, best_id = raise_best(best, best_id, values, key, token)
-            tl.store(slices + at * SLICE_NUMBERS + KEPT_OR_SCORE, best)
-            tl.store(slice_ids + at * 2 + 1, best_id)
+            tl.store(slices + at * SLICE_NUMBERS + KEPT, tl.sum(kept, 0))
         tl.store(slices + at * SLICE_NUMBERS + ABOVE, tl.sum(above, 0))
         # All threads have read what the last program writes, and written what it reads.
         if AWAIT_STORES:
@@ -119,7 +129,7 @@ def round_kernel(
             numbers = slices + (sample * num_slices + other) * SLICE_NUMBERS
             mass_above = tl.sum(tl.load(numbers + ABOVE, mask=ok, other=0.0, cache_modifier=".cg"), 0)
             if ROUND == 0:
-                masses = tl.load(numbers + KEPT_OR_SCORE, mask=ok, other=0.0, cache_modifier=".cg")
+                masses = tl.load(numbers + KEPT, mask=ok, other=0.0, cache_modifier=".cg")
                 most_above = top_p * tl.sum(masses, 0)
                 tl.store(bounds, top)
                 tl.store(bounds + 1, most_above)
@@ -127,17 +137,16 @@ def round_kernel(
                 most_above = tl.load(bounds + 1, cache_modifier=".cg")
             stays = (candidate >= floor) & ((top_p == 1.0) | (mass_above < most_above))
             if ROUND == 0:
-                refused = valid & (stays == 0)
-                if refused:
-                    tl.store(words + CHOSEN, chosen)
-                    tl.store(words + STATUS, REFUSED)
-            else:
-                refused = (stays == 0) & (top_p < 1.0)
-                if stays == 0:
-                    scores = tl.load(numbers + KEPT_OR_SCORE, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                    places = slice_ids + (sample * num_slices + other) * 2 + 1
-                    ids = tl.load(places, mask=ok, other=0x7FFFFFFF, cache_modifier=".cg")
-                    tl.store(words + CHOSEN, tl.minimum(lowest_at(scores, tl.max(scores, 0), ids), vocab - 1))
+                stays = stays | (valid == 0)
+            if (stays == 0) & draws:
+                scores = tl.load(numbers + NEXT_SCORE, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                places = slice_ids + (sample * num_slices + other) * 2 + 1
+                ids = tl.load(places, mask=ok, other=0x7FFFFFFF, cache_modifier=".cg")
+                chosen = tl.minimum(lowest_at(scores, tl.max(scores, 0), ids), vocab - 1)
+            # What was drawn is kept for sure where the floor alone cuts.
+            refused = (stays == 0) & ((top_p < 1.0) | (draws == 0))
+            if (ROUND > 0) | refused:
+                tl.store(words + CHOSEN, chosen)
                 tl.store(words + STATUS, tl.where(refused, REFUSED, FOUND))
             if refused & (ROUND + 1 < QUEUES):
                 place = tl.atomic_add(queued + ROUND + 1, 1, sem="relaxed")

@@ -46,8 +46,9 @@ ROW_WORDS = tl.constexpr(4)
 SCORE = tl.constexpr(0)
 TOP = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
-KEPT_OR_SCORE = tl.constexpr(3)
-SLICE_NUMBERS = tl.constexpr(4)
+KEPT = tl.constexpr(3)
+NEXT_SCORE = tl.constexpr(4)
+SLICE_NUMBERS = tl.constexpr(5)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ from isthmus.testing.tiny_model import write_tiny_model
 
 MIB = 2**20
 LEAK_BYTES = 24 * MIB
+DEVICE_LEAK_BYTES = 8 * MIB
+"""Of a device's own memory, which nothing else allocates from by the way."""
 
 
 @pytest.mark.mandatory
@@ -39,11 +41,16 @@ def test_an_executor_gives_its_memory_back(isthmus_device: DeviceUnderTest, tmp_
     lives = [life() for _ in range(18)]
     growth = min(lives[10:]) - max(lives[:2])
     sizes = [round(taken / MIB) for taken in lives]
-    assert growth < LEAK_BYTES, f"executors leave memory behind; taken after each, in MiB: {sizes}"
+    most = LEAK_BYTES if in_host_memory(isthmus_device) else DEVICE_LEAK_BYTES
+    assert growth < most, f"executors leave memory behind; taken after each, in MiB: {sizes}"
+
+
+def in_host_memory(device: DeviceUnderTest) -> bool:
+    return not device.has_parts or device.capabilities.unified_memory or device.parts.memory.device.type == "cpu"
 
 
 def taken(device: DeviceUnderTest) -> int:
-    if not device.has_parts or device.capabilities.unified_memory or device.parts.memory.device.type == "cpu":
+    if in_host_memory(device):
         return resident_bytes()
     memory = device.parts.memory
     memory.synchronize()

@@ -29,6 +29,9 @@ ALONE = Arrangement(rows=1, overlap=False, graphs=False)
 NEEDS = {"llama": (), "qwen3": (), "gemma2": ("sliding_window", "logit_softcap"), "mixtral": ("experts",)}
 NEAR = {"bfloat16": 0.35, "float16": 0.05}
 """How much less likely, in nats by the reference, a token of a coarser dtype may be than the likeliest."""
+ELSEWHERE_ROUTED = 0.05
+"""Share of tokens that may be further off in a coarser dtype, where a router may choose another of two experts
+that the reference finds nearly alike."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,15 @@ def finest(device: DeviceUnderTest) -> str:
     return next(name for name in ("float32", "bfloat16", "float16") if name in device.capabilities.dtypes)
 
 
-def require_tokens(found: Outcome, expected: Outcome, model: str, prompts: Sequence[Sequence[int]], dtype: str) -> None:
+def require_tokens(
+    found: Outcome,
+    expected: Outcome,
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    dtype: str,
+    *,
+    far_off: float = 0.0,
+) -> None:
     """Equal tokens; in a coarser dtype, tokens that the reference finds as likely as its own, nearly."""
     if dtype not in NEAR:
         for index in expected.tokens:
@@ -93,9 +104,13 @@ def require_tokens(found: Outcome, expected: Outcome, model: str, prompts: Seque
     whole = [[*prompts[index], *found.tokens[index]] for index in sorted(found.tokens)]
     scored = reference.run(whole, RowSampling(max_tokens=1, num_prompt_logprobs=1))
     reference.close()
+    left = int(far_off * sum(map(len, found.tokens.values())))
     for index, prompt in enumerate(prompts):
         for place, entry in enumerate(scored.prompt_logprobs[index][len(prompt) :]):
             gap = entry.top[0][1] - entry.logprob
+            if gap > NEAR[dtype] and left > 0:
+                left -= 1
+                continue
             assert gap <= NEAR[dtype], (
                 f"prompt of {len(prompt)} tokens: output {place} is {entry.token}, {gap:.3f} nats less likely than "
                 f"{entry.top[0][0]}; in {dtype} it may be {NEAR[dtype]}"
@@ -168,9 +183,12 @@ def test_other_architectures(
     missing = [need for need in NEEDS[name] if not isthmus_device.declares(need)]
     if missing:
         pytest.skip(f"undeclared: {', '.join(missing)}")
-    dtype = finest(isthmus_device)
-    with engine(isthmus_device, folder(name), Arrangement(dtype=dtype)) as running:
-        require_tokens(running.run(prompts), expected(name), folder(name), prompts, dtype)
+    # The preferred dtype too: what serves it may know less than what serves the finest.
+    for dtype in dict.fromkeys((finest(isthmus_device), isthmus_device.capabilities.dtypes[0])):
+        with engine(isthmus_device, folder(name), Arrangement(dtype=dtype)) as running:
+            found = running.run(prompts)
+        far_off = ELSEWHERE_ROUTED if "experts" in NEEDS[name] else 0.0
+        require_tokens(found, expected(name), folder(name), prompts, dtype, far_off=far_off)
 
 
 @pytest.mark.requires_parts
