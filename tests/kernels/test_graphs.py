@@ -14,15 +14,6 @@ import torch
 from isthmus_triton.graphs import StreamGraphs
 
 users: Counter[int] = Counter()
-handles = count(1)
-
-
-class Pool:
-    """Of torch: a user of its own memory for as long as it lives."""
-
-    def __init__(self) -> None:
-        self.id = next(handles)
-        users[self.id] += 1
 
 
 class Graph:
@@ -31,7 +22,10 @@ class Graph:
     def capture_begin(self, pool: int, capture_error_mode: str) -> None:
         assert pool not in users or users[pool] > 0, "the pool was given up"
         users[pool] += 1
-        self.pool = pool
+        self.in_pool = pool
+
+    def pool(self) -> int:
+        return self.in_pool
 
     def capture_end(self) -> None:
         pass
@@ -40,21 +34,23 @@ class Graph:
         pass
 
     def __del__(self) -> None:
-        if hasattr(self, "pool"):
-            users[self.pool] -= 1
+        if hasattr(self, "in_pool"):
+            users[self.in_pool] -= 1
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> StreamGraphs:
     users.clear()
+    handles = count(1)
     for name, value in {
         "CUDAGraph": Graph,
-        "MemPool": Pool,
+        "graph_pool_handle": lambda: next(handles),
         "Stream": Mock(),
         "current_stream": Mock(),
         "stream": lambda stream: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "zeros", Mock())  # there is no device to allocate on
     return StreamGraphs(torch.device("cuda", 0))
 
 

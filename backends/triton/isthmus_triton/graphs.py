@@ -28,8 +28,9 @@ class StreamGraphs:
     """:class:`isthmus.contract.Graphs`.
 
     All graphs share one memory pool: they never run at once, and each one's outputs are read before
-    the next replay.  Capture the largest first, so that the smaller ones fit into its memory.  The pool
-    is held here, since torch gives one up with the last graph in it, and keeps its memory all the same.
+    the next replay.  Capture the largest first, so that the smaller ones fit into its memory.  A graph
+    that is never replayed holds the pool: torch gives one up with the last graph in it, keeps its memory
+    all the same, and what is captured afterwards has to have another.
     ``torch.cuda.graph`` would synchronise, collect garbage and empty the caches for every capture;
     here the collector is held off instead, since it might free device memory in mid-capture.
     """
@@ -37,7 +38,7 @@ class StreamGraphs:
     def __init__(self, device: torch.device, reason: str | None = None) -> None:
         self._device = device
         self._reason = reason
-        self._pool: Any = None
+        self._holder: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream(device)
 
     def capture(self, step: Callable[[], T], num_tokens: int) -> CapturedGraph[T]:
@@ -45,14 +46,20 @@ class StreamGraphs:
             raise Unsupported(self._reason)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        if self._pool is None:
-            self._pool = torch.cuda.MemPool()
+        if self._holder is None:
+            handle = torch.cuda.graph_pool_handle()
+            self._holder, _ = self._captured(lambda: torch.zeros(1, device=self._device), handle)
+        graph, output = self._captured(step, self._holder.pool())
+        current.wait_stream(self._stream)
+        return _Replay(graph, output)
+
+    def _captured(self, step: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()
         try:
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     output = step()
                 finally:
@@ -60,5 +67,4 @@ class StreamGraphs:
         finally:
             if collecting:
                 gc.enable()
-        current.wait_stream(self._stream)
-        return _Replay(graph, output)
+        return graph, output

@@ -30,6 +30,7 @@ from isthmus_triton.kernels.sample import (
     STATUS,
     inverse_temperature,
     lowest_at,
+    most_bits,
     raise_best,
     row_best,
 )
@@ -97,12 +98,14 @@ def round_kernel(
             for begin in range(first, end, BLOCK):
                 token = begin + lane
                 values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
-                values = tl.where(values >= floor, values, float("-inf"))
+                mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
                 if ROUND == 0:
-                    kept += tl.exp(values - top)
-                values = tl.where(values > candidate, values, float("-inf"))
-                above += tl.exp(values - top)
-                best, best_id = raise_best(best, best_id, values, key, token)
+                    kept += mass
+                mass = tl.where(values > candidate, mass, 0.0)
+                above += mass
+                # A token whose mass underflows stays behind the largest one, whatever the noise.
+                values = tl.where(mass > 0.0, values, float("-inf"))
+                best, best_id = raise_best(best, best_id, values, mass * most_bits(top, best), key, token)
             if ROUND == 0:
                 tl.store(slices + at * SLICE_NUMBERS + KEPT, tl.sum(kept, 0))
             tl.store(slices + at * SLICE_NUMBERS + NEXT_SCORE, best)

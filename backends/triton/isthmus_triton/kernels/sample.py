@@ -64,15 +64,24 @@ def lowest_at(values, best, tokens):
 
 
 @triton.jit
-def raise_best(best, best_id, values, key, token):
-    """The larger of ``best`` and a block's largest perturbed token, and its id; a block where all are -inf has none.
+def most_bits(values, best):
+    """Bits of noise of which no more let any of ``values`` reach ``best``.
 
     Noise takes two logarithms, and is at most ``-log(bits * 2**-32)``: most blocks have no token that
-    this bound does not rule out already, by one exponential.  It is raised by more than roundings.
+    this bound does not rule out already, by one exponential.  It is raised by more than roundings, and
+    right up to 65 above ``best``, which is more than noise differs by.
+    """
+    finite = tl.minimum(tl.maximum(best, -1e38), 1e38)
+    return tl.exp2(tl.minimum((values - finite) * 1.4426950408889634 + 32.001, 126.0))
+
+
+@triton.jit
+def raise_best(best, best_id, values, bound, key, token):
+    """The larger of ``best`` and a block's largest perturbed token, and its id; a block where all are -inf has none.
+
+    ``bound`` is that of :func:`most_bits`.
     """
     bits = fmix32(key ^ token_key(token))
-    finite = tl.minimum(tl.maximum(best, -1e38), 1e38)
-    bound = tl.exp2(tl.minimum((values - finite) * 1.4426950408889634 + 32.001, 64.0))
     if tl.max((bits.to(tl.float32) <= bound).to(tl.int32), 0) != 0:
         score = values + gumbel_of(bits)
         here = tl.max(score, 0)
@@ -150,7 +159,7 @@ def slices_kernel(
             token = begin + lane
             values = tl.load(x + token, mask=token < end, other=float("-inf")) * inverse
             tops = tl.maximum(tops, values, propagate_nan=tl.PropagateNan.ALL)
-            best, best_id = raise_best(best, best_id, values, key, token)
+            best, best_id = raise_best(best, best_id, values, most_bits(values, best), key, token)
             if top_k > 0:
                 groups: tl.constexpr = BLOCK // GROUP
                 group = at * (SLICE // GROUP) + (begin - first) // GROUP + tl.arange(0, groups)
