@@ -238,12 +238,12 @@ def step_cases(arch: str) -> Iterator[Case]:
         "vocab:i32 history_stride:i32 bit_words:i32",
         {"QUEUES": 4, "BLOCK": 1024},
     )
-    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 1024}
+    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 1024, "STAGES": launch_table(arch).sampling.stages}
     yield Case(
         "slices",
         sample.slices_kernel,
         "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 queued:*i32 queue:*i32 "
-        f"group_tops:*fp32 {rows} vocab:i32",
+        f"group_tops:*fp32 {rows} vocab:i32 draw_below:fp32",
         {"GROUP": 128, "WIDE": 1024, **sliced},
     )
     for number, name in ((0, "check"), (1, "round"), (3, "last round")):

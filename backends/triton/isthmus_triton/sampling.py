@@ -135,7 +135,7 @@ class TritonSampling:
             logits, invalid_before, *rows_at, history, device.num_prompt_tokens, bits, queued, vocab,
             history.stride(0), bits.stride(0),
         )  # fmt: skip
-        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, vocab)
+        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, vocab, how.draw_below)
         rounds = (logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices, how.draw_below)
         choose = (
             logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
@@ -143,7 +143,9 @@ class TritonSampling:
         )  # fmt: skip
         overlap = {"OVERLAP": self._overlap, **overlapping(self._overlap)}
         padded = power_of_two(num_slices)
-        sizes = {"SLICE": SLICE, "BLOCK": how.block, "QUEUES": queues, "num_warps": 4, **overlap}
+        sizes = {
+            "SLICE": SLICE, "BLOCK": how.block, "STAGES": how.stages, "QUEUES": queues, "num_warps": 4, **overlap,
+        }  # fmt: skip
         round_sizes = {"SLICES": padded, "AWAIT_STORES": self._await_stores, **sizes}
         choose_sizes = {
             "SLICES": padded,

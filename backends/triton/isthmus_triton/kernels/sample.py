@@ -105,9 +105,11 @@ def slices_kernel(
     sample_tokens,
     positions,
     vocab,
+    draw_below,  # a top_p: rows of less leave out the first round
     QUEUES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
     OVERLAP: tl.constexpr = False,
@@ -139,7 +141,7 @@ def slices_kernel(
         highest = tl.full((WIDE,), float("-inf"), tl.float32)
         highest_at = tl.zeros((WIDE,), tl.int32) + first
         wrong = tl.zeros((WIDE,), tl.int32)
-        for begin in range(first, end, WIDE):
+        for begin in tl.range(first, end, WIDE, num_stages=STAGES):
             token = begin + wide
             values = tl.load(x + token, mask=token < end, other=float("-inf"))
             wrong = wrong | (values != values).to(tl.int32)
@@ -155,7 +157,7 @@ def slices_kernel(
         key = row_key(parameter(row_parameters, row, _SEED), position)
         top_k = parameter(row_parameters, row, _TOP_K)
         tops = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for begin in range(first, first + SLICE, BLOCK):
+        for begin in tl.range(first, first + SLICE, BLOCK, num_stages=STAGES):
             token = begin + lane
             values = tl.load(x + token, mask=token < end, other=float("-inf")) * inverse
             tops = tl.maximum(tops, values, propagate_nan=tl.PropagateNan.ALL)
@@ -167,12 +169,13 @@ def slices_kernel(
         bad = is_bad(tops)
         top = tl.max(tops, 0)
         if piece == 0:
-            cuts = float_parameter(row_parameters, row, _TOP_P) < 1.0
-            cuts = cuts | (float_parameter(row_parameters, row, _LOG_MIN_P) > float("-inf"))
+            top_p = float_parameter(row_parameters, row, _TOP_P)
+            cuts = (top_p < 1.0) | (float_parameter(row_parameters, row, _LOG_MIN_P) > float("-inf"))
             # What top_k leaves, choose_kernel cuts by itself.
             if cuts & (top_k == 0):
-                place = tl.atomic_add(queued, 1, sem="relaxed")
-                tl.store(queue + place * QUEUES, sample)
+                begins_with = ((QUEUES > 1) & (top_p < draw_below)).to(tl.int32)
+                place = tl.atomic_add(queued + begins_with, 1, sem="relaxed")
+                tl.store(queue + place * QUEUES + begins_with, sample)
     tl.store(slices + at * SLICE_NUMBERS + SCORE, best)
     tl.store(slices + at * SLICE_NUMBERS + TOP, tl.where(bad != 0, float("inf"), top))
     # A slice of nothing but what may not be sampled has no best token.
