@@ -243,7 +243,7 @@ def step_cases(arch: str) -> Iterator[Case]:
         "slices",
         sample.slices_kernel,
         "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 queued:*i32 queue:*i32 "
-        f"group_tops:*fp32 {rows} vocab:i32 draw_below:fp32",
+        f"group_tops:*fp32 {rows} token_keys:*i32 vocab:i32 draw_below:fp32",
         {"GROUP": 128, "WIDE": 1024, **sliced},
     )
     for number, name in ((0, "check"), (1, "round"), (3, "last round")):
@@ -251,7 +251,7 @@ def step_cases(arch: str) -> Iterator[Case]:
             name,
             rounds.round_kernel,
             "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
-            f"queue:*i32 {rows} vocab:i32 num_slices:i32 draw_below:fp32",
+            f"queue:*i32 {rows} token_keys:*i32 vocab:i32 num_slices:i32 draw_below:fp32",
             {"ROUND": number, "SLICES": 16, **sliced},
         )
     yield Case(

@@ -121,7 +121,7 @@ class SamplingLaunch:
     round_programs: int = 528
     """Programs of a round at most; they share the slices of the rows that it has."""
     first_programs: int = 1056
-    """As of the check of the first candidates, which has more rows."""
+    """As of the check of the first candidates, which has more rows, and of the first round."""
     block: int = 1024
     """Logits that a program perturbs at once."""
     wide: int = 1024
@@ -224,7 +224,7 @@ TABLES: Final[dict[str, LaunchTable]] = {
             ExpertLaunch(row_tile=128, out_tile=128, in_tile=64, stages=4, warps=8),
         ),
         linear=(
-            LinearRule(most_rows=1, launch=VectorLinear(out_tile=4, in_tile=2048, warps=4)),
+            LinearRule(most_rows=1, launch=VectorLinear(out_tile=4, in_tile=2048, warps=8)),
             LinearRule(most_rows=16, least_out=16384, launch=_split(64, 128, 1, stages=4, ahead=256)),
             LinearRule(most_rows=32, least_out=16384, launch=_split(128, 128, 1, stages=3, ahead=256)),
             LinearRule(most_rows=64, least_out=16384, launch=_split(128, 128, 1, stages=3)),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isthmus.contract import DeviceState, Limits, Sampled, StepInputs
 from isthmus.plan import StepPlan
+from isthmus.reference.noise import token_keys
 from isthmus_triton.ahead import CompileAhead, Launch, listing
 from isthmus_triton.inputs import history_width
 from isthmus_triton.kernels.adjust import adjust_kernel
@@ -36,6 +37,7 @@ class RowStates:
 
     parameters: Tensor  # int64 [max_rows + 1, WIDTH]
     seen_bits: Tensor  # int32 [max_rows, bit words], zero between steps
+    token_keys: Tensor  # int32 [vocab], the tokens' half of the noise
     vocab_size: int
     extras: dict[int, Tensor] = field(default_factory=dict)
     """Lists of rows that have any; the rows' parameters hold their addresses."""
@@ -65,7 +67,8 @@ class TritonSampling:
     def allocate(self, limits: Limits) -> RowStates:
         rows = torch.from_numpy(np.tile(neutral_row(), (limits.max_rows + 1, 1))).to(self._device)
         bits = torch.zeros(limits.max_rows, bit_words(limits.vocab_size), dtype=torch.int32, device=self._device)
-        state = RowStates(rows, bits, limits.vocab_size)
+        keys = token_keys(torch.arange(limits.vocab_size, dtype=torch.int32, device=self._device))
+        state = RowStates(rows, bits, keys, limits.vocab_size)
         self._compile(state, limits)
         return state
 
@@ -135,8 +138,11 @@ class TritonSampling:
             logits, invalid_before, *rows_at, history, device.num_prompt_tokens, bits, queued, vocab,
             history.stride(0), bits.stride(0),
         )  # fmt: skip
-        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, vocab, how.draw_below)
-        rounds = (logits, slices, ids, words, bounds, queued, queue, *rows_at, vocab, num_slices, how.draw_below)
+        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, state.token_keys, vocab, how.draw_below)
+        rounds = (
+            logits, slices, ids, words, bounds, queued, queue, *rows_at, state.token_keys, vocab, num_slices,
+            how.draw_below,
+        )  # fmt: skip
         choose = (
             logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
             invalid, vocab, history.stride(0), num_slices, num_groups,
@@ -161,7 +167,7 @@ class TritonSampling:
             *(
                 Launch(
                     round_kernel,
-                    (min(every, how.round_programs if number else how.first_programs),),
+                    (min(every, how.round_programs if number > 1 else how.first_programs),),
                     rounds,
                     {"ROUND": number, **round_sizes},
                 )

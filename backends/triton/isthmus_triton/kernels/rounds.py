@@ -49,6 +49,7 @@ def round_kernel(
     sample_rows,
     sample_tokens,
     positions,
+    token_keys,  # int32 [vocab]
     vocab,
     num_slices,
     draw_below,  # a top_p: rows of less begin with round 1
@@ -100,7 +101,8 @@ def round_kernel(
             best_id = tl.full((), 0x7FFFFFFF, tl.int32)
         for begin in tl.range(first, end, BLOCK, num_stages=STAGES):
             token = begin + lane
-            values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
+            ok = token < vocab
+            values = tl.load(x + token, mask=ok, other=float("-inf")) * inverse
             mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
             if ROUND <= 1:
                 kept += mass
@@ -109,7 +111,8 @@ def round_kernel(
             if ROUND > 0:
                 # A token whose mass underflows stays behind the largest one, whatever the noise.
                 values = tl.where(mass > 0.0, values, float("-inf"))
-                best, best_id = raise_best(best, best_id, values, mass * most_bits(top, best), key, token)
+                bound = mass * most_bits(top, best)
+                best, best_id = raise_best(best, best_id, values, bound, key, token_keys, token, ok)
         if ROUND <= 1:
             tl.store(slices + at * SLICE_NUMBERS + KEPT, tl.sum(kept, 0))
         if ROUND > 0:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from isthmus_triton.kernels.adjust import float_parameter, is_bad, parameter
-from isthmus_triton.kernels.noise import fmix32, gumbel, gumbel_of, row_key, token_key
+from isthmus_triton.kernels.noise import fmix32, gumbel, gumbel_of, row_key
 from isthmus_triton.kernels.overlap import await_previous, let_next_begin
 from isthmus_triton.row_parameters import LOG_MIN_P, SEED, TEMPERATURE, TOP_K, TOP_P
 
@@ -76,12 +76,13 @@ def most_bits(values, best):
 
 
 @triton.jit
-def raise_best(best, best_id, values, bound, key, token):
+def raise_best(best, best_id, values, bound, key, token_keys, token, ok):
     """The larger of ``best`` and a block's largest perturbed token, and its id; a block where all are -inf has none.
 
-    ``bound`` is that of :func:`most_bits`.
+    ``bound`` is that of :func:`most_bits`.  The tokens' half of the hash is read from ``token_keys``: it is half
+    of what a sweep computes.
     """
-    bits = fmix32(key ^ token_key(token))
+    bits = fmix32(key ^ tl.load(token_keys + token, mask=ok, other=0).to(tl.uint32, bitcast=True))
     if tl.max((bits.to(tl.float32) <= bound).to(tl.int32), 0) != 0:
         score = values + gumbel_of(bits)
         here = tl.max(score, 0)
@@ -104,6 +105,7 @@ def slices_kernel(
     sample_rows,
     sample_tokens,
     positions,
+    token_keys,  # int32 [vocab]
     vocab,
     draw_below,  # a top_p: rows of less leave out the first round
     QUEUES: tl.constexpr,
@@ -159,9 +161,10 @@ def slices_kernel(
         tops = tl.full((BLOCK,), float("-inf"), tl.float32)
         for begin in tl.range(first, first + SLICE, BLOCK, num_stages=STAGES):
             token = begin + lane
-            values = tl.load(x + token, mask=token < end, other=float("-inf")) * inverse
+            ok = token < end
+            values = tl.load(x + token, mask=ok, other=float("-inf")) * inverse
             tops = tl.maximum(tops, values, propagate_nan=tl.PropagateNan.ALL)
-            best, best_id = raise_best(best, best_id, values, most_bits(values, best), key, token)
+            best, best_id = raise_best(best, best_id, values, most_bits(values, best), key, token_keys, token, ok)
             if top_k > 0:
                 groups: tl.constexpr = BLOCK // GROUP
                 group = at * (SLICE // GROUP) + (begin - first) // GROUP + tl.arange(0, groups)
