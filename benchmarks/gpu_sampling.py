@@ -50,7 +50,7 @@ SHAPES = ((256, 1.0), (256, 4.0), (32, 1.0), (32, 4.0), (1, 1.0), (1, 4.0))
 CHANGES = (
     "rounds=0", "rounds=1", "rounds=2", "overlap=0", "block=512", "block=2048", "wide=2048", "wide=4096",
     "wide=8192", "first_programs=528", "first_programs=2112", "first_programs=4096", "round_programs=264",
-    "round_programs=1056", "choose_warps=16", "draw_below=0", "draw_below=1", "rounds=4", "rounds=4,draw_below=0",
+    "round_programs=1056", "choose_warps=16",
 )  # fmt: skip
 LIMITS = Limits(max_rows=256, max_tokens=256, max_model_len=1024, block_size=64, num_blocks=8, vocab_size=VOCAB)
 HISTORY = 512
@@ -67,13 +67,11 @@ class Variant:
 
 def make_variant(change: str, ahead: CompileAhead) -> Variant:
     """Of ``name=number,...``; nothing changed where it is empty.  Its kernels begin to be compiled."""
-    changed = {name: float(value) for name, value in (part.split("=") for part in change.split(",") if part)}
+    changed = {name: int(value) for name, value in (part.split("=") for part in change.split(",") if part)}
     table = launch_table(arch())
     for name, value in changed.items():
         if name in {field.name for field in fields(SamplingLaunch)}:
-            table = replace(
-                table, sampling=replace(table.sampling, **{name: type(getattr(table.sampling, name))(value)})
-            )
+            table = replace(table, sampling=replace(table.sampling, **{name: value}))
         else:
             table = replace(table, **{name: type(getattr(table, name))(value)})
     sampling = TritonSampling(device(), table, ahead)

@@ -238,12 +238,12 @@ def step_cases(arch: str) -> Iterator[Case]:
         "vocab:i32 history_stride:i32 bit_words:i32",
         {"QUEUES": 4, "BLOCK": 1024},
     )
-    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 1024, "STAGES": launch_table(arch).sampling.stages}
+    sliced = {"QUEUES": 4, "SLICE": 8192, "BLOCK": 1024}
     yield Case(
         "slices",
         sample.slices_kernel,
         "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 queued:*i32 queue:*i32 "
-        f"group_tops:*fp32 {rows} token_keys:*i32 vocab:i32 draw_below:fp32",
+        f"group_tops:*fp32 {rows} token_keys:*i32 vocab:i32",
         {"GROUP": 128, "WIDE": 1024, **sliced},
     )
     for number, name in ((0, "check"), (1, "round"), (3, "last round")):
@@ -251,14 +251,14 @@ def step_cases(arch: str) -> Iterator[Case]:
             name,
             rounds.round_kernel,
             "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 row_bounds:*fp32 queued:*i32 "
-            f"queue:*i32 {rows} token_keys:*i32 vocab:i32 num_slices:i32 draw_below:fp32",
+            f"queue:*i32 {rows} token_keys:*i32 vocab:i32 num_slices:i32",
             {"ROUND": number, "SLICES": 16, **sliced},
         )
     yield Case(
         "choose",
         sample.choose_kernel,
         "logits:*fp32 slices:*fp32 slice_ids:*i32 row_words:*i32 group_tops:*fp32 some_x:*fp32 some_ids:*i32 "
-        f"invalid_before:*i32 {rows} tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 history_stride:i32 "
+        f"invalid_before:*i32 {rows} token_keys:*i32 tokens:*i32 sampled:*i32 invalid:*i1 vocab:i32 history_stride:i32 "
         "num_slices:i32 num_groups:i32",
         {"SLICES": 16, "GROUPS": 1024, "MOST": 2048, "BLOCK": 8192},
         launch_table(arch).choose_warps,

@@ -113,15 +113,11 @@ class SamplingLaunch:
     """How a step's rows are sampled, and ``min_p`` and ``top_p`` without ``top_k`` spread over the device."""
 
     rounds: int = 3
-    """Candidates that all processors look for together, each beside the check of the one before it."""
-    draw_below: float = 0.8
-    """A ``top_p`` below which the first candidate is checked in the first of those, and not by itself before."""
-    stages: int = 1
-    """Blocks of logits that are under way at once, the one that is looked at included."""
+    """Candidates after the first that all processors look for together."""
     round_programs: int = 528
     """Programs of a round at most; they share the slices of the rows that it has."""
     first_programs: int = 1056
-    """As of the check of the first candidates, which has more rows, and of the first round."""
+    """As of the check of the first candidates, which has more rows."""
     block: int = 1024
     """Logits that a program perturbs at once."""
     wide: int = 1024

@@ -18,7 +18,7 @@ from isthmus_triton.kernels.adjust import adjust_kernel
 from isthmus_triton.kernels.logprobs import MOST_LIKELIEST, log_probabilities
 from isthmus_triton.kernels.overlap import overlapping
 from isthmus_triton.kernels.rounds import round_kernel
-from isthmus_triton.kernels.sample import SLICE_NUMBERS, choose_kernel, slices_kernel
+from isthmus_triton.kernels.sample import choose_kernel, slices_kernel
 from isthmus_triton.launch import FALLBACK, LaunchTable
 from isthmus_triton.row_parameters import EXTRAS, WIDTH, bit_words, neutral_row, pack_row
 from isthmus_triton.sizes import power_of_two, tiles_of
@@ -126,32 +126,28 @@ class TritonSampling:
         empty, bits, how = logits.new_empty, state.seen_bits, self._launch
         num_slices = tiles_of(vocab, SLICE)
         num_groups = num_slices * (SLICE // GROUP)
-        slices, ids = empty(samples, num_slices, SLICE_NUMBERS.value), empty(samples, num_slices, 2, dtype=torch.int32)
+        slices, ids = empty(samples, num_slices, 4), empty(samples, num_slices, 2, dtype=torch.int32)
         words, bounds = empty(samples, 4, dtype=torch.int32), empty(samples, 2)
         queues = how.rounds + 1
         queued, queue = empty(queues, dtype=torch.int32), empty(samples, queues, dtype=torch.int32)
         group_tops, some_x = empty(samples, num_groups), empty(samples, MOST_COLLECTED)
         some_ids = empty(samples, MOST_COLLECTED, dtype=torch.int32)
         invalid_before = empty(samples, dtype=torch.int32)
+        keys = state.token_keys
         rows_at = (state.parameters, rows, last, positions)
         adjust = (
             logits, invalid_before, *rows_at, history, device.num_prompt_tokens, bits, queued, vocab,
             history.stride(0), bits.stride(0),
         )  # fmt: skip
-        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, state.token_keys, vocab, how.draw_below)
-        rounds = (
-            logits, slices, ids, words, bounds, queued, queue, *rows_at, state.token_keys, vocab, num_slices,
-            how.draw_below,
-        )  # fmt: skip
+        cut = (logits, slices, ids, words, queued, queue, group_tops, *rows_at, keys, vocab)
+        rounds = (logits, slices, ids, words, bounds, queued, queue, *rows_at, keys, vocab, num_slices)
         choose = (
-            logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, history, tokens,
-            invalid, vocab, history.stride(0), num_slices, num_groups,
+            logits, slices, ids, words, group_tops, some_x, some_ids, invalid_before, *rows_at, keys, history,
+            tokens, invalid, vocab, history.stride(0), num_slices, num_groups,
         )  # fmt: skip
         overlap = {"OVERLAP": self._overlap, **overlapping(self._overlap)}
         padded = power_of_two(num_slices)
-        sizes = {
-            "SLICE": SLICE, "BLOCK": how.block, "STAGES": how.stages, "QUEUES": queues, "num_warps": 4, **overlap,
-        }  # fmt: skip
+        sizes = {"SLICE": SLICE, "BLOCK": how.block, "QUEUES": queues, "num_warps": 4, **overlap}
         round_sizes = {"SLICES": padded, "AWAIT_STORES": self._await_stores, **sizes}
         choose_sizes = {
             "SLICES": padded,
@@ -167,7 +163,7 @@ class TritonSampling:
             *(
                 Launch(
                     round_kernel,
-                    (min(every, how.round_programs if number > 1 else how.first_programs),),
+                    (min(every, how.round_programs if number else how.first_programs),),
                     rounds,
                     {"ROUND": number, **round_sizes},
                 )

@@ -1,8 +1,7 @@
 """Whether the cuts keep a row's candidate, and the next one where they do not: all processors on the few rows left.
 
 Each round works through a queue of rows, by slices.  The program that ends a row's last slice decides
-for the row, and queues it for the next round if its candidate is refused.  Round 0 only checks; rows whose
-first candidate is likely to be refused begin with round 1, which looks for the next one in the same sweep.
+for the row, and queues it for the next round if its candidate is refused.  Round 0 only checks.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ from isthmus_triton.kernels.sample import (
     ARRIVALS,
     CHOSEN,
     FOUND,
-    KEPT,
-    NEXT_SCORE,
+    KEPT_OR_SCORE,
     REFUSED,
     ROW_WORDS,
     SLICE_NUMBERS,
     STATUS,
     inverse_temperature,
     lowest_at,
-    most_bits,
     raise_best,
     row_best,
 )
@@ -52,13 +49,11 @@ def round_kernel(
     token_keys,  # int32 [vocab]
     vocab,
     num_slices,
-    draw_below,  # a top_p: rows of less begin with round 1
     ROUND: tl.constexpr,
     QUEUES: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
     AWAIT_STORES: tl.constexpr = False,
     OVERLAP: tl.constexpr = False,
 ):
@@ -73,11 +68,7 @@ def round_kernel(
         row = tl.load(sample_rows + sample).to(tl.int64)
         words = row_words + sample * ROW_WORDS
         bounds = row_bounds + sample * 2
-        top_p = float_parameter(row_parameters, row, _TOP_P)
-        # Whether the row's candidate is its first.
-        first_time = top_p < draw_below if ROUND == 1 else ROUND == 0
-        valid = tl.full((), 1, tl.int1)
-        if first_time:
+        if ROUND == 0:
             chosen, top = row_best(slices, slice_ids, sample, num_slices, SLICES)
             valid = (top > float("-inf")) & (top < float("inf"))
             top = tl.where(valid, top, 0.0)
@@ -87,36 +78,35 @@ def round_kernel(
         x = logits + sample * vocab
         inverse = inverse_temperature(row_parameters, row)
         candidate = tl.load(x + chosen) * inverse
+        top_p = float_parameter(row_parameters, row, _TOP_P)
         floor = top + float_parameter(row_parameters, row, _LOG_MIN_P)
         first = piece * SLICE
         at = sample * num_slices + piece
         above = tl.zeros((BLOCK,), tl.float32)
-        kept = tl.zeros((BLOCK,), tl.float32)
-        # Without top_p the floor alone decides of a first candidate.
-        end = tl.where(valid & ((ROUND > 0) | (top_p < 1.0)), first + SLICE, first)
-        if ROUND > 0:
+        if ROUND == 0:
+            kept = tl.zeros((BLOCK,), tl.float32)
+            # Without top_p the floor alone decides.
+            end = tl.where(valid & (top_p < 1.0), first + SLICE, first)
+            for begin in range(first, end, BLOCK):
+                token = begin + lane
+                values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
+                mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
+                kept += mass
+                above += tl.where(values > candidate, mass, 0.0)
+            tl.store(slices + at * SLICE_NUMBERS + KEPT_OR_SCORE, tl.sum(kept, 0))
+        else:
             position = tl.load(positions + tl.load(sample_tokens + sample)) + 1
             key = row_key(parameter(row_parameters, row, _SEED), position)
             best = tl.full((), float("-inf"), tl.float32)
             best_id = tl.full((), 0x7FFFFFFF, tl.int32)
-        for begin in tl.range(first, end, BLOCK, num_stages=STAGES):
-            token = begin + lane
-            ok = token < vocab
-            values = tl.load(x + token, mask=ok, other=float("-inf")) * inverse
-            mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
-            if ROUND <= 1:
-                kept += mass
-            mass = tl.where(values > candidate, mass, 0.0)
-            above += mass
-            if ROUND > 0:
-                # A token whose mass underflows stays behind the largest one, whatever the noise.
-                values = tl.where(mass > 0.0, values, float("-inf"))
-                bound = mass * most_bits(top, best)
-                best, best_id = raise_best(best, best_id, values, bound, key, token_keys, token, ok)
-        if ROUND <= 1:
-            tl.store(slices + at * SLICE_NUMBERS + KEPT, tl.sum(kept, 0))
-        if ROUND > 0:
-            tl.store(slices + at * SLICE_NUMBERS + NEXT_SCORE, best)
+            for begin in range(first, first + SLICE, BLOCK):
+                token = begin + lane
+                ok = token < vocab
+                values = tl.load(x + token, mask=ok, other=float("-inf")) * inverse
+                values = tl.where((values >= floor) & (values > candidate), values, float("-inf"))
+                above += tl.exp(values - top)
+                best, best_id = raise_best(best, best_id, values, key, token_keys, token, ok)
+            tl.store(slices + at * SLICE_NUMBERS + KEPT_OR_SCORE, best)
             tl.store(slice_ids + at * 2 + 1, best_id)
         tl.store(slices + at * SLICE_NUMBERS + ABOVE, tl.sum(above, 0))
         # All threads have read what the last program writes, and written what it reads.
@@ -130,24 +120,26 @@ def round_kernel(
             ok = other < num_slices
             numbers = slices + (sample * num_slices + other) * SLICE_NUMBERS
             mass_above = tl.sum(tl.load(numbers + ABOVE, mask=ok, other=0.0, cache_modifier=".cg"), 0)
-            if first_time:
-                masses = tl.load(numbers + KEPT, mask=ok, other=0.0, cache_modifier=".cg")
+            if ROUND == 0:
+                masses = tl.load(numbers + KEPT_OR_SCORE, mask=ok, other=0.0, cache_modifier=".cg")
                 most_above = top_p * tl.sum(masses, 0)
                 tl.store(bounds, top)
                 tl.store(bounds + 1, most_above)
             else:
                 most_above = tl.load(bounds + 1, cache_modifier=".cg")
             stays = (candidate >= floor) & ((top_p == 1.0) | (mass_above < most_above))
-            stays = stays | (valid == 0)
-            if (ROUND > 0) & (stays == 0):
-                scores = tl.load(numbers + NEXT_SCORE, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                places = slice_ids + (sample * num_slices + other) * 2 + 1
-                ids = tl.load(places, mask=ok, other=0x7FFFFFFF, cache_modifier=".cg")
-                chosen = tl.minimum(lowest_at(scores, tl.max(scores, 0), ids), vocab - 1)
-            # What was drawn is kept for sure where the floor alone cuts.
-            refused = (stays == 0) & ((ROUND == 0) | (top_p < 1.0))
-            if (ROUND > 0) | refused:
-                tl.store(words + CHOSEN, chosen)
+            if ROUND == 0:
+                refused = valid & (stays == 0)
+                if refused:
+                    tl.store(words + CHOSEN, chosen)
+                    tl.store(words + STATUS, REFUSED)
+            else:
+                refused = (stays == 0) & (top_p < 1.0)
+                if stays == 0:
+                    scores = tl.load(numbers + KEPT_OR_SCORE, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                    places = slice_ids + (sample * num_slices + other) * 2 + 1
+                    ids = tl.load(places, mask=ok, other=0x7FFFFFFF, cache_modifier=".cg")
+                    tl.store(words + CHOSEN, tl.minimum(lowest_at(scores, tl.max(scores, 0), ids), vocab - 1))
                 tl.store(words + STATUS, tl.where(refused, REFUSED, FOUND))
             if refused & (ROUND + 1 < QUEUES):
                 place = tl.atomic_add(queued + ROUND + 1, 1, sem="relaxed")

@@ -46,9 +46,8 @@ ROW_WORDS = tl.constexpr(4)
 SCORE = tl.constexpr(0)
 TOP = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
-KEPT = tl.constexpr(3)
-NEXT_SCORE = tl.constexpr(4)
-SLICE_NUMBERS = tl.constexpr(5)
+KEPT_OR_SCORE = tl.constexpr(3)
+SLICE_NUMBERS = tl.constexpr(4)
 
 
 @triton.jit
@@ -64,25 +63,16 @@ def lowest_at(values, best, tokens):
 
 
 @triton.jit
-def most_bits(values, best):
-    """Bits of noise of which no more let any of ``values`` reach ``best``.
-
-    Noise takes two logarithms, and is at most ``-log(bits * 2**-32)``: most blocks have no token that
-    this bound does not rule out already, by one exponential.  It is raised by more than roundings, and
-    right up to 65 above ``best``, which is more than noise differs by.
-    """
-    finite = tl.minimum(tl.maximum(best, -1e38), 1e38)
-    return tl.exp2(tl.minimum((values - finite) * 1.4426950408889634 + 32.001, 126.0))
-
-
-@triton.jit
-def raise_best(best, best_id, values, bound, key, token_keys, token, ok):
+def raise_best(best, best_id, values, key, token_keys, token, ok):
     """The larger of ``best`` and a block's largest perturbed token, and its id; a block where all are -inf has none.
 
-    ``bound`` is that of :func:`most_bits`.  The tokens' half of the hash is read from ``token_keys``: it is half
-    of what a sweep computes.
+    Noise takes two logarithms, and is at most ``-log(bits * 2**-32)``: most blocks have no token that
+    this bound does not rule out already, by one exponential.  It is raised by more than roundings.
+    The tokens' half of the hash is read from ``token_keys``, not computed for each row.
     """
     bits = fmix32(key ^ tl.load(token_keys + token, mask=ok, other=0).to(tl.uint32, bitcast=True))
+    finite = tl.minimum(tl.maximum(best, -1e38), 1e38)
+    bound = tl.exp2(tl.minimum((values - finite) * 1.4426950408889634 + 32.001, 64.0))
     if tl.max((bits.to(tl.float32) <= bound).to(tl.int32), 0) != 0:
         score = values + gumbel_of(bits)
         here = tl.max(score, 0)
@@ -107,11 +97,9 @@ def slices_kernel(
     positions,
     token_keys,  # int32 [vocab]
     vocab,
-    draw_below,  # a top_p: rows of less leave out the first round
     QUEUES: tl.constexpr,
     SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
     OVERLAP: tl.constexpr = False,
@@ -143,7 +131,7 @@ def slices_kernel(
         highest = tl.full((WIDE,), float("-inf"), tl.float32)
         highest_at = tl.zeros((WIDE,), tl.int32) + first
         wrong = tl.zeros((WIDE,), tl.int32)
-        for begin in tl.range(first, end, WIDE, num_stages=STAGES):
+        for begin in range(first, end, WIDE):
             token = begin + wide
             values = tl.load(x + token, mask=token < end, other=float("-inf"))
             wrong = wrong | (values != values).to(tl.int32)
@@ -159,12 +147,12 @@ def slices_kernel(
         key = row_key(parameter(row_parameters, row, _SEED), position)
         top_k = parameter(row_parameters, row, _TOP_K)
         tops = tl.full((BLOCK,), float("-inf"), tl.float32)
-        for begin in tl.range(first, first + SLICE, BLOCK, num_stages=STAGES):
+        for begin in range(first, first + SLICE, BLOCK):
             token = begin + lane
             ok = token < end
             values = tl.load(x + token, mask=ok, other=float("-inf")) * inverse
             tops = tl.maximum(tops, values, propagate_nan=tl.PropagateNan.ALL)
-            best, best_id = raise_best(best, best_id, values, most_bits(values, best), key, token_keys, token, ok)
+            best, best_id = raise_best(best, best_id, values, key, token_keys, token, ok)
             if top_k > 0:
                 groups: tl.constexpr = BLOCK // GROUP
                 group = at * (SLICE // GROUP) + (begin - first) // GROUP + tl.arange(0, groups)
@@ -172,13 +160,12 @@ def slices_kernel(
         bad = is_bad(tops)
         top = tl.max(tops, 0)
         if piece == 0:
-            top_p = float_parameter(row_parameters, row, _TOP_P)
-            cuts = (top_p < 1.0) | (float_parameter(row_parameters, row, _LOG_MIN_P) > float("-inf"))
+            cuts = float_parameter(row_parameters, row, _TOP_P) < 1.0
+            cuts = cuts | (float_parameter(row_parameters, row, _LOG_MIN_P) > float("-inf"))
             # What top_k leaves, choose_kernel cuts by itself.
             if cuts & (top_k == 0):
-                begins_with = ((QUEUES > 1) & (top_p < draw_below)).to(tl.int32)
-                place = tl.atomic_add(queued + begins_with, 1, sem="relaxed")
-                tl.store(queue + place * QUEUES + begins_with, sample)
+                place = tl.atomic_add(queued, 1, sem="relaxed")
+                tl.store(queue + place * QUEUES, sample)
     tl.store(slices + at * SLICE_NUMBERS + SCORE, best)
     tl.store(slices + at * SLICE_NUMBERS + TOP, tl.where(bad != 0, float("inf"), top))
     # A slice of nothing but what may not be sampled has no best token.
@@ -277,29 +264,24 @@ def draw_from(values, ids, key, top, floor, top_p):
 
 
 @triton.jit
-def sweep(x, inverse, vocab, top, floor, candidate, key, BLOCK: tl.constexpr):
-    """Mass at or above ``floor``; mass above ``candidate``; and the largest perturbed token above both."""
+def sweep(x, inverse, vocab, top, floor, candidate, key, token_keys, BLOCK: tl.constexpr):
+    """Mass at or above ``floor``; mass above ``candidate``; and the largest perturbed token above both, or 0."""
     lane = tl.arange(0, BLOCK)
     kept = tl.zeros((BLOCK,), tl.float32)
     above = tl.zeros((BLOCK,), tl.float32)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best_x = tl.full((BLOCK,), float("-inf"), tl.float32)
-    best_id = tl.zeros((BLOCK,), tl.int32)
+    best = tl.full((), float("-inf"), tl.float32)
+    best_id = tl.full((), 0, tl.int32)
     for begin in range(0, vocab, BLOCK):
         token = begin + lane
-        values = tl.load(x + token, mask=token < vocab, other=float("-inf")) * inverse
+        ok = token < vocab
+        values = tl.load(x + token, mask=ok, other=float("-inf")) * inverse
         mass = tl.where(values >= floor, tl.exp(values - top), 0.0)
         higher = (values >= floor) & (values > candidate)
         kept += mass
         above += tl.where(higher, mass, 0.0)
-        score = tl.where(higher, values + gumbel(key, token), float("-inf"))
-        better = score > best
-        best_id = tl.where(better, token, best_id)
-        best_x = tl.where(better, values, best_x)
-        best = tl.maximum(best, score)
-    chosen = lowest_at(best, tl.max(best, 0), best_id)
-    chosen_x = tl.max(tl.where((best_id == chosen) & (best == tl.max(best, 0)), best_x, float("-inf")), 0)
-    return tl.sum(kept, 0), tl.sum(above, 0), chosen, chosen_x
+        values = tl.where(higher, values, float("-inf"))
+        best, best_id = raise_best(best, best_id, values, key, token_keys, token, ok)
+    return tl.sum(kept, 0), tl.sum(above, 0), best_id
 
 
 @triton.jit
@@ -316,6 +298,7 @@ def choose_kernel(
     sample_rows,
     sample_tokens,
     positions,
+    token_keys,  # int32 [vocab]
     tokens,  # int32 [rows, history]
     sampled,  # int32 [samples]
     invalid,  # bool [samples]
@@ -371,10 +354,10 @@ def choose_kernel(
                 looking = True
         candidate = tl.load(x + chosen) * inverse
         while looking:
-            kept, above, next_id, next_x = sweep(x, inverse, vocab, top, floor, candidate, key, BLOCK)
+            kept, above, next_id = sweep(x, inverse, vocab, top, floor, candidate, key, token_keys, BLOCK)
             stays = (candidate >= floor) & ((top_p == 1.0) | (above < top_p * kept))
             chosen = tl.where(stays, chosen, next_id)
-            candidate = tl.where(stays, candidate, next_x)
+            candidate = tl.load(x + chosen) * inverse
             looking = (stays == 0) & (top_p < 1.0)
     chosen = tl.where(bad != 0, 0, chosen)
     tl.store(sampled + sample, chosen)
