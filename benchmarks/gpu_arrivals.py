@@ -1,6 +1,7 @@
 """Requests that arrive one after another at the 8B shape, with graphs of steps that hold prompts and without.
 
-    python benchmarks/gpu_arrivals.py --out arrivals.json [--rates 5,20,40] [--seconds 6]
+    python benchmarks/gpu_arrivals.py --out arrivals.json [--rates 5,20,40] [--seconds 6] [--plot arrivals.png]
+    python benchmarks/gpu_arrivals.py --draw arrivals.json --plot arrivals.png
 
 Arrivals are Poisson, prompts and outputs lognormal (means 100 and 64, at most 512 and 256 tokens), greedy,
 random weights.  The two ways take turns in one engine, over the same arrivals; a turn of the other seed follows.
@@ -73,11 +74,19 @@ def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("arrivals.json"))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--draw", type=Path, help="measure nothing: plot what is in this file")
     parser.add_argument("--rates", default="5,20,40")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer, to try the script")
     arguments = parser.parse_args()
+    result = json.loads(arguments.draw.read_text()) if arguments.draw else measure(arguments)
+    if arguments.plot:
+        plot(result, arguments.plot)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": arguments.layers}))
         llm = LLM(
@@ -114,6 +123,35 @@ def main() -> None:
                 print(json.dumps(record), flush=True)
                 arguments.out.write_text(json.dumps(result, indent=1))
     llm.close()
+    return result
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A line from the median to the 99th percentile of each turn, with the 90th marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    rates = sorted({turn["rate"] for turn in result["turns"]})
+    for axes, key, title in (
+        (panels[0], "first_token_ms", "to the first token"),
+        (panels[1], "between_tokens_ms", "between tokens"),
+    ):
+        for way, name in enumerate(("all", "decode alone")):
+            turns = [turn for turn in result["turns"] if turn["graphs"] == name]
+            at = [rates.index(turn["rate"]) + 0.25 * way + 0.06 * turn["seed"] for turn in turns]
+            low, middle, high = ([turn[key][share] for turn in turns] for share in ("p50", "p90", "p99"))
+            axes.vlines(at, low, high, color=f"C{way}", label=("all short steps captured", "decode steps alone")[way])
+            axes.plot(at, middle, "o", color=f"C{way}", markersize=4)
+        axes.set_yscale("log")
+        axes.set_xticks([place + 0.2 for place in range(len(rates))], [f"{rate:g} requests/s" for rate in rates])
+        axes.set_ylabel(f"ms {title}")
+    panels[0].legend()
+    figure.suptitle(f"Llama-3.1-8B's shape on one {result['device']}: p50 to p99 of a turn, p90 marked")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

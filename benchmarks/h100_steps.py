@@ -29,7 +29,7 @@ from isthmus.contract import StepShape
 from isthmus.executor.capture import Capture
 from isthmus.plan import RowStart, StepPlan
 from isthmus.sampling_params import RowSampling
-from isthmus_triton.launch import LaunchTable, SplitLinear
+from isthmus_triton.launch import LaunchTable, SplitLinear, VectorLinear
 
 NUM_BLOCKS = 14_000
 MIXED: dict[str, list[tuple[int, int]]] = {
@@ -164,9 +164,19 @@ class Variant:
     table: LaunchTable
 
 
-def variants(table: LaunchTable) -> Iterator[Variant]:
+ONE_ROW = ((4, 2048, 4), (4, 2048, 8), (4, 1024, 4), (2, 2048, 4), (8, 2048, 8))
+"""Rows and columns of the weight that a program takes at once, and its warps."""
+
+
+def variants(table: LaunchTable, rows: int) -> Iterator[Variant]:
     yield Variant("as committed", table)
     yield Variant("as committed, again", table)
+    if rows == 1:
+        for out_tile, in_tile, warps in ONE_ROW:
+            launch = VectorLinear(out_tile=out_tile, in_tile=in_tile, warps=warps)
+            rules = (replace(table.linear[0], launch=launch), *table.linear[1:])
+            yield Variant(f"{out_tile} x {in_tile} on {warps} warps", replace(table, linear=rules))
+        return
     yield Variant("the library from 2 rows on", replace(table, linear=table.linear[:1]))
     for columns in (0, 256, 512):
         rules = tuple(
@@ -202,7 +212,7 @@ def main() -> None:
     with torch.inference_mode():
         steps = Steps(llm)
         for rows in map(int, arguments.rows.split(",")):
-            for variant in variants(steps.ops._table):
+            for variant in variants(steps.ops._table, rows):
                 us = steps.decode_us(rows, arguments.context, variant.table)
                 result["decode"].append({"rows": rows, "variant": variant.name, "us": us})
                 print(f"{rows:4d} rows  {variant.name:32s} {us:9.1f} us", flush=True)
