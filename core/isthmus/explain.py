@@ -65,6 +65,9 @@ class Explanation:
     """Requests of ``request_tokens`` that it holds at once."""
     graph_scope: str = "none"
     graph_sizes: tuple[int, ...] = ()
+    """Tokens of the steps that are captured; where there are ``mixed_graph_sizes``, of those that decode."""
+    mixed_graph_sizes: tuple[int, ...] = ()
+    """Tokens of captured steps of spans of any lengths, where decode steps have graphs of their own."""
     token_buckets: tuple[int, ...] = ()
     span_buckets: tuple[int, ...] = ()
     block_buckets: tuple[int, ...] = ()
@@ -125,6 +128,8 @@ class Explanation:
             sizes = f"graphs of {self.graph_scope} captured for {_listed(self.graph_sizes)} tokens"
             bucketed = f", {self.num_graphs} shapes in all" if self.token_buckets else ""
             lines.append(sizes + bucketed)
+        if self.mixed_graph_sizes:
+            lines.append(f"and for steps that hold prompts of up to {_listed(self.mixed_graph_sizes)} tokens")
         return lines
 
 
@@ -213,6 +218,7 @@ class _Look:
         if self.asked_tokens and self.asked_tokens > max_model_len:
             sizing += (f"requests are counted at {max_model_len} tokens, the longest that fits",)
         captured = self._captured(max_model_len, num_blocks)
+        decode = [shape for shape in captured if shape.single]
         bucketed = capabilities.shapes is ShapePolicy.BUCKETED
         shapes = self._padding(max_model_len, num_blocks).shapes() if bucketed else []
         return Explanation(
@@ -233,9 +239,10 @@ class _Look:
             request_tokens=request,
             requests=num_blocks // -(-request // self.block_size) if request else 0,
             graph_scope=capabilities.graph_scope,
-            graph_sizes=tuple(sorted({shape.tokens for shape in captured})),
+            graph_sizes=_tokens(captured if bucketed or not decode else decode),
+            mixed_graph_sizes=() if bucketed or not decode else _tokens(set(captured) - set(decode)),
             num_graphs=len(captured),
-            token_buckets=tuple(sorted({shape.tokens for shape in shapes})),
+            token_buckets=_tokens(shapes),
             span_buckets=tuple(sorted({shape.spans for shape in shapes})),
             block_buckets=tuple(sorted({shape.blocks for shape in shapes} - {0})),
             steps_in_flight=capabilities.max_steps_in_flight if options.scheduler.overlap else 1,
@@ -323,6 +330,10 @@ class _Look:
 
 def _indented(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
+
+
+def _tokens(shapes: Iterable[StepShape]) -> tuple[int, ...]:
+    return tuple(sorted({shape.tokens for shape in shapes}))
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from isthmus.config import BackendOptions, CacheOptions, EngineOptions, ModelOptions, SchedulerOptions
+from isthmus.contract import GraphScope
 from isthmus.errors import Unsupported
 from isthmus.explain import explain
 from isthmus.reference import REFERENCE_CAPABILITIES
@@ -53,6 +54,17 @@ def test_downgrades_come_with_their_reasons(model: Path) -> None:
     notes = "\n".join(explain(options(model, scheduler=SchedulerOptions(overlap=False))).downgrades)
     assert "every step runs eagerly: the backend declares no graph capture" in notes
     assert "overlap is switched off" in notes
+
+
+def test_graphs_of_steps_that_hold_prompts_are_told_apart(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = dataclasses.replace(
+        REFERENCE_CAPABILITIES, graph_scope=GraphScope.STEP, mixed_graph_tokens=(16, 100, 1000)
+    )
+    for name in ("COMPILED", "PLAIN"):
+        monkeypatch.setattr(backend, name, captures)
+    found = explain(options(model))
+    assert found.graph_sizes == (1, 2, 4, 8) and found.mixed_graph_sizes == (16, 100, 128) and found.num_graphs == 7
+    assert "for steps that hold prompts of up to 16, 100, 128 tokens" in found.text()
 
 
 def test_what_will_be_refused_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
