@@ -44,7 +44,9 @@ $(MODEL): scripts/fetch_model.py | $(VENV)/bin/python
 	@$(BIN)/python scripts/fetch_model.py
 
 test: dev model  ## Everything that can run without an accelerator
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow' --ignore tests/kernels
+	@# Interpreted kernels keep one core busy each, and nothing in them is timed.
+	$(BIN)/python -m pytest -q -m 'not slow' -n logical --maxprocesses 8 tests/kernels
 
 test-contract: dev model  ## The certification kit on the CPU, on no device, and on the example of a vendor's plugin
 	$(BIN)/isthmus certify --device cpu
