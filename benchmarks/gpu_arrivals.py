@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from h100_llama8b import CONFIG, lognormal
+from h100_llama8b import CONFIG, lognormal, open_8b
 
-from isthmus import LLM
 from isthmus.engine.messages import AddRequest, pack_tokens
 from isthmus.sampling_params import RowSampling
 
@@ -87,16 +85,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": arguments.layers}))
-        llm = LLM(
-            folder,
-            device=arguments.device,
-            random_weights=True,
-            skip_tokenizer_init=True,
-            max_model_len=4096,
-            progress=False,
-        )
+    llm = open_8b(arguments.device, arguments.layers, max_model_len=4096)
     core: Any = llm._core
     executor = core._executor
     every = executor.graphs

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from h100_llama8b import CONFIG
+from h100_llama8b import open_8b
 
-from isthmus import LLM
 from isthmus.contract import StepShape
 from isthmus.executor.capture import Capture
 from isthmus.plan import RowStart, StepPlan
@@ -192,17 +190,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32,64,128,256,512")
     parser.add_argument("--context", type=int, default=256)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-        llm = LLM(
-            folder,
-            device="cuda",
-            random_weights=True,
-            skip_tokenizer_init=True,
-            max_model_len=4096,
-            num_blocks=NUM_BLOCKS,
-            progress=False,
-        )
+    llm = open_8b(max_model_len=4096, num_blocks=NUM_BLOCKS)
     result: dict[str, Any] = {
         "device": llm.ready.device_name,
         "context": arguments.context,

@@ -218,8 +218,8 @@ class _Look:
         if self.asked_tokens and self.asked_tokens > max_model_len:
             sizing += (f"requests are counted at {max_model_len} tokens, the longest that fits",)
         captured = self._captured(max_model_len, num_blocks)
-        decode = [shape for shape in captured if shape.single]
         bucketed = capabilities.shapes is ShapePolicy.BUCKETED
+        decode = [] if bucketed else [shape for shape in captured if shape.single]
         shapes = self._padding(max_model_len, num_blocks).shapes() if bucketed else []
         return Explanation(
             model=options.model.model,
@@ -239,8 +239,8 @@ class _Look:
             request_tokens=request,
             requests=num_blocks // -(-request // self.block_size) if request else 0,
             graph_scope=capabilities.graph_scope,
-            graph_sizes=_tokens(captured if bucketed or not decode else decode),
-            mixed_graph_sizes=() if bucketed or not decode else _tokens(set(captured) - set(decode)),
+            graph_sizes=_tokens(decode or captured),
+            mixed_graph_sizes=_tokens(set(captured) - set(decode)) if decode else (),
             num_graphs=len(captured),
             token_buckets=_tokens(shapes),
             span_buckets=tuple(sorted({shape.spans for shape in shapes})),

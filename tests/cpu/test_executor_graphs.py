@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from neighbours import neighbour
 
 from isthmus.contract import CapturedGraph, GraphScope, Limits, Sampled, StepInputs
 from isthmus.errors import Unsupported
@@ -18,18 +16,7 @@ from isthmus.executor.shapes import StepShape, decode_sizes
 from isthmus.plan import StepPlan
 from isthmus.reference import ReferenceBackend
 
-
-def load(name: str) -> Any:
-    """A file of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-executor_tests = load("test_executor")
+executor_tests = neighbour(__file__, "test_executor")
 alone, one_thread = executor_tests.alone, executor_tests.one_thread
 capabilities, make_executor = executor_tests.capabilities, executor_tests.make_executor
 Driver, sequences = executor_tests.Driver, executor_tests.sequences

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from neighbours import neighbour
 
 from isthmus.contract import AttentionSpec
 from isthmus_cuda.flash import FlashAttention, find_flash
@@ -24,16 +23,7 @@ STEPS = {
 LAYER = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125)
 
 
-def load(name: str) -> Any:
-    """A file of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-attention_tests = load("test_attention")
+attention_tests = neighbour(__file__, "test_attention")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import neighbours
 import pytest
 import torch
 
@@ -45,16 +46,7 @@ LAYERS = {
 }
 
 
-def load(name: str) -> Any:
-    """A file of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-attention_tests = load("test_attention")
+attention_tests = neighbours.neighbour(__file__, "test_attention")
 
 
 def attend(
@@ -85,6 +77,7 @@ class Standin:
         assert set(given) == set(PARAMETERS)
         self.calls.append(given)
         starts = given["cu_seqlens_q"].tolist()
+        assert starts[0] == 0 and starts[-1] == len(given["q"]) == len(given["out"])
         lengths = [after - before for before, after in pairwise(starts)]
         self.attend_paged(
             *(given[name] for name in ("q", "k", "v", "out")),
@@ -107,6 +100,7 @@ def function(attend_paged: Callable[..., None]) -> Standin:
 def test_a_step_is_handed_over(function: Standin, step: str, layer: str) -> None:
     attend(function, STEPS[step], LAYERS[layer])
     assert len(function.calls) == 2  # the check attends twice
+    assert len(function.calls[0]["q"]) == sum(length for _, length in STEPS[step])
     assert function.calls[0]["block_table"].shape[1] * 16 % aiter.KEY_TILE == 0
 
 
@@ -296,7 +290,8 @@ for shape in shapes:
 @pytest.mark.parametrize("arch", aiter.ARCHITECTURES)
 def test_the_real_kernels_compile(wheel: Path, tmp_path: Path, arch: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(neighbours.__file__).parent)))
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     command = [sys.executable, "-c", COMPILE, arch, str(wheel)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -95,7 +95,7 @@ class StaticInputs:
             num_tokens=shape.tokens,
             num_spans=shape.spans,
             num_samples=shape.samples,
-            max_query_length=1 if shape.single else shape.tokens,
+            max_query_length=shape.longest_span,
             max_context_length=limits.max_model_len,
             shape=shape,
             ints=ints,

@@ -220,6 +220,7 @@ TABLES: Final[dict[str, LaunchTable]] = {
             ExpertLaunch(row_tile=128, out_tile=128, in_tile=64, stages=4, warps=8),
         ),
         linear=(
+            # Of one row: benchmarks/h100_steps.py on an H200, benchmarks/results/h200_one_row.json.
             LinearRule(most_rows=1, launch=VectorLinear(out_tile=4, in_tile=2048, warps=8)),
             LinearRule(most_rows=16, least_out=16384, launch=_split(64, 128, 1, stages=4, ahead=256)),
             LinearRule(most_rows=32, least_out=16384, launch=_split(128, 128, 1, stages=3, ahead=256)),

@@ -43,6 +43,11 @@ class StepShape(NamedTuple):
     single: bool = False
     """Every span is of one token; not told where shapes are bucketed and spans of any lengths share one."""
 
+    @property
+    def longest_span(self) -> int:
+        """Tokens that a span may have at most."""
+        return 1 if self.single else self.tokens
+
 
 @dataclass(slots=True, kw_only=True)
 class DeviceState:

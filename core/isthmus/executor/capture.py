@@ -120,14 +120,10 @@ class Capture:
         """With upper bounds for what the host knows of the spans, since a graph is replayed with others."""
         return replace(
             inputs,
-            max_query_length=_longest(shape),
+            max_query_length=shape.longest_span,
             max_context_length=self.limits.max_model_len,
             no_singles=False,
         )
-
-
-def _longest(shape: StepShape) -> int:
-    return 1 if shape.single else shape.tokens
 
 
 def inputs_of(tensors: Sequence[Tensor], device: DeviceState, shape: StepShape, max_context_length: int) -> StepInputs:
@@ -138,7 +134,7 @@ def inputs_of(tensors: Sequence[Tensor], device: DeviceState, shape: StepShape, 
         num_tokens=shape.tokens,
         num_spans=shape.spans,
         num_samples=shape.samples,
-        max_query_length=_longest(shape),
+        max_query_length=shape.longest_span,
         max_context_length=max_context_length,
         **named,
     )
